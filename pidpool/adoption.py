@@ -1,0 +1,120 @@
+"""How a forked child takes over: once in each child, before anything else is done with a pool, all
+inherited connections are disowned and all pools start from zero.
+
+Runs in the at-fork hook where there is one, and else at the first door that notices the fork. So it
+must not block, log, raise or send anything; what it found is told at the first use of each pool.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from pidpool import fork, inherited, ownership
+from pidpool.inherited import DisownedConnection, Inheritance
+from pidpool.ownership import ConnectionTag, Holding
+from pidpool.proxied import PidFairy, PidRecord, checkouts, fairy_connection, record_connection
+
+if TYPE_CHECKING:
+    from pidpool.pool import PidPool
+
+forkable: weakref.WeakSet[PidPool] = weakref.WeakSet()
+"""Every pool of this process that is alive."""
+
+
+class Adoption:
+    """What a child found when it took a pool over."""
+
+    def __init__(self, parent_pid: int, trigger: str, connects_in_flight: int) -> None:
+        self.parent_pid = parent_pid
+        self.trigger = trigger
+        self.connects_in_flight = connects_in_flight
+        self.connections: list[tuple[ConnectionTag, str, str]] = []
+        """The tag, the state at the fork and what became of the descriptor, for each connection."""
+
+    def count(self, state: str) -> int:
+        """Return how many connections were inherited in this state."""
+        return sum(each == state for _, each, _ in self.connections)
+
+
+def _adopt(trigger: str, connects_in_flight: int) -> None:
+    parent_pid = fork.current().pid
+    checked_out = {id(reference.record): reference for reference in list(checkouts.values())}
+    pools = {id(pool): pool for pool in list(forkable)}
+    adoptions = {key: Adoption(parent_pid, trigger, connects_in_flight) for key in pools}
+    for holding in list(ownership.register.values()):
+        connection = holding.connection()
+        if connection is None or isinstance(connection, DisownedConnection):
+            continue
+        # A detached connection's record has gone back to the pool and may hold another one by now.
+        record: PidRecord | None = None if holding.detached is not None else holding.record()
+        fairy: PidFairy | None = None
+        if holding.detached is not None:
+            fairy = holding.detached()
+        elif record is not None and id(record) in checked_out:
+            fairy = checked_out[id(record)]()
+        idle = holding.detached is None and (record is None or id(record) not in checked_out)
+        state = inherited.IDLE if idle else inherited.transaction_state(connection)
+        pool = record.pidpool if record is not None else fairy.pidpool if fairy is not None else None
+        if pool is not None:
+            _replace_by_stand_in(pool, holding, connection, state, record, fairy)
+        action = inherited.disown(holding, connection)
+        if pool is not None and id(pool) in adoptions:
+            adoptions[id(pool)].connections.append((holding.tag, state, action))
+    for key, pool in pools.items():
+        pool._start_from_zero(adoptions[key])
+    ownership.register.clear()
+    checkouts.clear()
+
+
+def _replace_by_stand_in(
+    pool: PidPool,
+    holding: Holding,
+    connection: Any,
+    state: str,
+    record: PidRecord | None,
+    fairy: PidFairy | None,
+) -> None:
+    if fairy is not None and fairy_connection.__get__(fairy) is not connection:
+        fairy = None
+    stand_in = DisownedConnection(Inheritance(pool, holding.tag, connection, state, fairy))
+    if fairy is not None:
+        fairy_connection.__set__(fairy, stand_in)
+    if record is not None:
+        record.inherited = True
+        if record_connection.__get__(record) is connection:
+            record_connection.__set__(record, stand_in)
+
+
+def renew_first_connect(dispatch: Any) -> None:
+    """Give a pool's first-connect events a mutex of this process's own, and their first run back.
+
+    Another thread may have been in the middle of them at the fork: it holds the mutex, and has
+    taken the engine's once-only initialisation of the dialect off its list. That thread does not
+    exist here, so it falls to this process's first connect to do it.
+    """
+    for name in ("connect", "first_connect"):
+        listeners = getattr(dispatch, name)
+        if getattr(listeners, "_exec_once_mutex", None) is not None:
+            listeners._exec_once_mutex = None
+        if getattr(listeners, "_exec_w_sync_once", True):
+            continue
+        for listener in chain(listeners.parent_listeners, listeners.listeners):
+            cells = dict(zip(listener.__code__.co_freevars, listener.__closure__ or ())) if hasattr(
+                listener, "__code__"
+            ) else {}
+            # sqlalchemy.util.only_once(): `once` is the list that the function is popped from.
+            if "once" in cells and "fn" in cells:
+                once, function = cells["once"].cell_contents, cells["fn"].cell_contents
+                if once == [] and getattr(function, "__module__", "") == "sqlalchemy.engine.create":
+                    once.append(function)
+
+
+def _report() -> None:
+    for pool in list(forkable):
+        pool._report_adoption()
+
+
+fork.in_child(_adopt)
+fork.at_first_use(_report)

@@ -1,0 +1,133 @@
+"""What each driver's connection says of itself without I/O and without taking a lock of the driver's:
+its descriptor, its server process, whether a transaction is open, and the settings it holds locally.
+
+Read in psycopg2 2.9 (connection_type.c), psycopg 3.3 (_connection_base.py), PyMySQL 1.1,
+mysqlclient 2.2 and CPython's sqlite3. In a child these are the only calls that may be made on an inherited connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Settings = Mapping[str, object]
+
+
+class Driver:
+    """A driver that is not known: it may have a descriptor, and can't tell anything else."""
+
+    def fileno(self, connection: Any) -> int | None:
+        # By the type, since asking a stand-in or a mock for an attribute may be a use of it.
+        if callable(getattr(type(connection), "fileno", None)):
+            number = connection.fileno()
+            if isinstance(number, int) and number >= 0:
+                return number
+        return None
+
+    def server_pid(self, connection: Any) -> int | None:
+        return None
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        """Return whether a transaction is open on the server; None if the driver can't tell."""
+        return None
+
+    def settings(self, connection: Any) -> Settings | None:
+        """Return what the driver would send with its next transaction; None if it can't tell."""
+        return None
+
+    def apply(self, connection: Any, settings: Settings) -> None:
+        """Give a fresh connection these settings, where it has not got them already."""
+        for name, value in settings.items():
+            if getattr(connection, name) != value:
+                setattr(connection, name, value)
+
+    def error_arguments(self, message: str) -> tuple[object, ...]:
+        """Return the arguments by which SQLAlchemy's dialect recognises a disconnect."""
+        return (message,)
+
+
+class _Psycopg2(Driver):
+    # All five are plain reads of the connection's struct or of libpq's PGconn. The setters of the
+    # settings are local too, and refused while a transaction is open.
+    def server_pid(self, connection: Any) -> int | None:
+        return int(connection.get_backend_pid())
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        if connection.closed:
+            return None
+        return bool(connection.get_transaction_status() != 0)  # PQTRANS_IDLE
+
+    def settings(self, connection: Any) -> Settings | None:
+        return {
+            # isolation_level, readonly and deferrable first: psycopg2 sends them at once, by SQL,
+            # when they are set in autocommit mode.
+            "isolation_level": connection.isolation_level,
+            "readonly": connection.readonly,
+            "deferrable": connection.deferrable,
+            "autocommit": connection.autocommit,
+        }
+
+
+class _Psycopg(Driver):
+    def server_pid(self, connection: Any) -> int | None:
+        return int(connection.pgconn.backend_pid)
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        if connection.closed:
+            return None
+        return bool(connection.pgconn.transaction_status != 0)  # PQTRANS_IDLE
+
+    def settings(self, connection: Any) -> Settings | None:
+        return {
+            "isolation_level": connection.isolation_level,
+            "read_only": connection.read_only,
+            "deferrable": connection.deferrable,
+            "autocommit": connection.autocommit,
+        }
+
+
+class _MySQL(Driver):
+    # SQLAlchemy's MySQL dialects know a disconnect by its number; 2006 is CR_SERVER_GONE_ERROR.
+    def error_arguments(self, message: str) -> tuple[object, ...]:
+        return (2006, message)
+
+    def server_pid(self, connection: Any) -> int | None:
+        return int(connection.thread_id())
+
+
+class _PyMySQL(_MySQL):
+    def fileno(self, connection: Any) -> int | None:
+        socket = connection._sock
+        return None if socket is None else int(socket.fileno())
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        return bool(connection.server_status & 1)  # SERVER_STATUS_IN_TRANS of the last packet
+
+
+class _SQLite(Driver):
+    # Has no descriptor to sever: its inherited handles are pinned and never closed, since closing one
+    # drops the owner's locks on the file (https://sqlite.org/howtocorrupt.html, section 2.6).
+    def in_transaction(self, connection: Any) -> bool | None:
+        return bool(connection.in_transaction)
+
+    def settings(self, connection: Any) -> Settings | None:
+        return {"isolation_level": connection.isolation_level}
+
+
+_KNOWN: dict[str, Driver] = {
+    "psycopg2": _Psycopg2(),
+    "psycopg": _Psycopg(),
+    "pymysql": _PyMySQL(),
+    "MySQLdb": _MySQL(),
+    "sqlite3": _SQLite(),
+}
+_UNKNOWN = Driver()
+
+
+def driver_of(connection: object) -> Driver:
+    """Return the driver of a connection, told by the package its class or a base of it is from."""
+    for base in type(connection).__mro__:
+        driver = _KNOWN.get(base.__module__.partition(".")[0])
+        if driver is not None:
+            return driver
+    return _UNKNOWN

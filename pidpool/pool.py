@@ -1,0 +1,314 @@
+"""`PidPool`: SQLAlchemy's QueuePool, for processes that fork.
+
+The pool itself, its options, and what becomes of it in a forked child. Who owns a connection is
+told in ownership.py, how a fork is noticed in fork.py, what is done with an inherited connection in
+inherited.py, and the entry and the checkout that users hold are in proxied.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from typing import Any, Literal, cast
+
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
+from sqlalchemy.pool.base import _ConnectionFairy
+from sqlalchemy.util import queue as sqlalchemy_queue
+
+from pidpool import fork, inherited, ownership
+from pidpool.adoption import Adoption, forkable, renew_first_connect
+from pidpool.drivers import Driver, Settings
+from pidpool.errors import ForeignCheckoutError
+from pidpool.fork import SETTLED, WIPED, flag
+from pidpool.inherited import DisownedConnection
+from pidpool.proxied import PidFairy, PidRecord, check_out
+from pidpool.telemetry import ClosedReason, Telemetry
+
+_ON_FOREIGN = ("replace", "refuse")
+_INHERITED_SOCKETS = ("sever", "keep")
+
+
+class PidPool(QueuePool):
+    """A `sqlalchemy.pool.QueuePool` whose connections survive a fork of the process.
+
+    Use it as ``create_engine(url, poolclass=PidPool)``; every option is a plain keyword of
+    `create_engine`. In the process that opened them connections behave as a QueuePool's. A forked
+    child disowns all connections it inherits: nothing it does with them reaches the server, and the
+    parent can't tell that the child existed. The child's pool starts from zero, with locks of its
+    own, and opens connections of its own.
+
+    Threads: as QueuePool, any number may use the pool at once. A fork waits for connections being
+    opened in other threads, `pidpool.fork.CONNECT_WAIT` seconds at most.
+
+    :param creator: as QueuePool's; so are ``pool_size``, ``max_overflow``, ``timeout`` (seconds),
+        ``use_lifo``, ``recycle`` (seconds) and all further options.
+    :param on_foreign: what a child does that uses an inherited connection. ``"replace"``: it gets
+        one of its own, except where a transaction was open at the fork: that raises
+        `ForeignConnectionError` through SQLAlchemy's own disconnect path. ``"refuse"``: every use
+        raises, and so does a checkout if the pool had idle connections, until ``engine.dispose()``.
+    :param inherited_sockets: ``"sever"`` replaces the child's descriptor of each inherited socket by
+        a dead one, so that the server's session ends with its owner. ``"keep"`` leaves descriptors
+        alone.
+    :param logger: a structlog logger for the pool's events instead of ``structlog.get_logger("pidpool")``.
+    :raises ValueError: if an option has a value that it does not take.
+    :raises TypeError: if an option has a value of the wrong type.
+    """
+
+    on_foreign: Literal["replace", "refuse"]
+    inherited_sockets: Literal["sever", "keep"]
+
+    def __init__(
+        self,
+        creator: Any,
+        pool_size: int = 5,
+        max_overflow: int = 10,
+        timeout: float = 30.0,
+        use_lifo: bool = False,
+        on_foreign: Literal["replace", "refuse"] = "replace",
+        inherited_sockets: Literal["sever", "keep"] = "sever",
+        logger: Any = None,
+        **kw: Any,
+    ) -> None:
+        _check_choice("on_foreign", on_foreign, _ON_FOREIGN)
+        _check_choice("inherited_sockets", inherited_sockets, _INHERITED_SOCKETS)
+        _check_number("pool_size", pool_size, 0, whole=True, remedy="0 for no limit")
+        _check_number("max_overflow", max_overflow, -1, whole=True, remedy="-1 for no limit")
+        _check_number("timeout", timeout, 0, remedy="in seconds (create_engine calls it pool_timeout)")
+        _check_number(
+            "recycle", kw.get("recycle", -1), -1, remedy="in seconds, -1 for never (create_engine calls it pool_recycle)"
+        )
+        if logger is not None and not callable(getattr(logger, "warning", None)):
+            raise TypeError(f"logger={logger!r}: takes a structlog logger, or None for structlog's own")
+        self.on_foreign = on_foreign
+        self.inherited_sockets = inherited_sockets
+        self._telemetry = Telemetry(kw.get("logging_name"), logger)
+        self._refusal: _Refusal | None = None
+        self._unreported: Adoption | None = None
+        if flag[0] != SETTLED:
+            fork.settle()
+        super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)
+        forkable.add(self)
+
+    # -- opening and closing
+
+    def _should_wrap_creator(self, creator: Any) -> Any:
+        invoke = super()._should_wrap_creator(creator)
+
+        def open_and_tag(record: PidRecord) -> Any:
+            connection = invoke(record)
+            record.pidpool_holding = ownership.take(
+                connection, record, sever=self.inherited_sockets == "sever"
+            )
+            inherited.prepare_to_sever()
+            return connection
+
+        return open_and_tag
+
+    def _create_connection(self) -> ConnectionPoolEntry:
+        return PidRecord(self)
+
+    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        if flag[0] == WIPED:
+            fork.notice()
+        if isinstance(connection, DisownedConnection) or inherited.is_disowned(connection):
+            return
+        holding = ownership.register.get(id(connection))
+        if holding is None:
+            super()._close_connection(connection, terminate=terminate)
+            return
+        # Off the register first: once closed, the descriptor's number may be somebody else's.
+        holding.let_go()
+        super()._close_connection(connection, terminate=terminate)
+        record = holding.record()
+        reason: ClosedReason = "detached"
+        if holding.detached is None:
+            reason = "failed" if record is None else record.closed_reason
+        self._telemetry.connection_closed(holding.tag, reason)
+
+    # -- the doors
+
+    def connect(self) -> PoolProxiedConnection:
+        """Check a connection out, as `Pool.connect`; in a child always one of the child's own.
+
+        :raises ForeignConnectionError: in a child under ``on_foreign="refuse"``.
+        :raises sqlalchemy.exc.TimeoutError: when none was free for `timeout` seconds.
+        """
+        if flag[0] != SETTLED:
+            fork.settle()
+        if self._refusal is not None:
+            self._refuse_checkout(self._refusal)
+        return _ConnectionFairy._checkout(self, None, check_out(self))
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if flag[0] == WIPED:
+            fork.notice()
+        entry = cast(PidRecord, record)
+        if entry.inherited:
+            return  # it was never counted here
+        try:
+            self._pool.put(record, False)
+        except sqlalchemy_queue.Full:
+            entry.closed_reason = "overflow"
+            try:
+                entry.close()
+            finally:
+                self._dec_overflow()
+
+    def _invalidate(
+        self, connection: Any, exception: BaseException | None = None, _checkin: bool = True
+    ) -> None:
+        if isinstance(connection, PidFairy) and connection._is_disowned():
+            # One inherited connection says nothing of the child's own: they stay.
+            if _checkin:
+                connection.invalidate(exception)
+            return
+        super()._invalidate(connection, exception, _checkin)
+
+    def dispose(self) -> None:
+        """Close the idle connections that this process owns, as `QueuePool.dispose`."""
+        if flag[0] != SETTLED:
+            fork.settle()
+        while True:
+            try:
+                record = cast(PidRecord, self._pool.get(False))
+            except sqlalchemy_queue.Empty:
+                break
+            record.closed_reason = "disposed"
+            record.close()
+        self._overflow = 0 - self.size()
+        # A child that disposes starts afresh, also if it keeps this pool instead of the new one.
+        self._refusal = None
+        self.logger.info("Pool disposed. %s", self.status())
+
+    def recreate(self) -> PidPool:
+        """Return a new pool with the same options and the same name in events."""
+        if flag[0] != SETTLED:
+            fork.settle()
+        self.logger.info("Pool recreating")
+        pool = self.__class__(
+            self._creator,
+            pool_size=self._pool.maxsize,
+            max_overflow=self._max_overflow,
+            timeout=self._timeout,
+            use_lifo=self._pool.use_lifo,
+            on_foreign=self.on_foreign,
+            inherited_sockets=self.inherited_sockets,
+            logger=self._telemetry.logger,
+            pre_ping=self._pre_ping,
+            recycle=self._recycle,
+            echo=self.echo,
+            logging_name=self._orig_logging_name,
+            reset_on_return=self._reset_on_return,
+            _dispatch=self.dispatch,
+            dialect=self._dialect,
+        )
+        pool._telemetry.pool = self._telemetry.pool
+        return pool
+
+    def status(self) -> str:
+        """Describe the pool's state in this process, as `QueuePool.status`."""
+        if flag[0] != SETTLED:
+            fork.settle()
+        return super().status()
+
+    def checkedin(self) -> int:
+        """Return how many connections of this process are idle."""
+        if flag[0] != SETTLED:
+            fork.settle()
+        return super().checkedin()
+
+    def checkedout(self) -> int:
+        """Return how many connections of this process are checked out."""
+        if flag[0] != SETTLED:
+            fork.settle()
+        return super().checkedout()
+
+    def overflow(self) -> int:
+        """Return the current overflow in this process, as `QueuePool.overflow`."""
+        if flag[0] != SETTLED:
+            fork.settle()
+        return super().overflow()
+
+    # -- in a child
+
+    def _start_from_zero(self, adoption: Adoption) -> None:
+        """Replace everything that another thread may have held at the fork; runs in the at-fork hook."""
+        self._pool = self._queue_class(self._pool.maxsize, use_lifo=self._pool.use_lifo)
+        self._overflow = 0 - self._pool.maxsize
+        self._overflow_lock = threading.Lock()
+        renew_first_connect(self.dispatch)
+        idle = adoption.count(inherited.IDLE)
+        if self.on_foreign == "refuse" and idle:
+            self._refusal = _Refusal(adoption.parent_pid, idle)
+        self._unreported = adoption
+
+    def _report_adoption(self) -> None:
+        adoption, self._unreported = self._unreported, None
+        if adoption is None:
+            return
+        idle = adoption.count(inherited.IDLE)
+        self._telemetry.pool_adopted(
+            adoption.parent_pid,
+            adoption.trigger,
+            idle,
+            len(adoption.connections) - idle,
+            adoption.count(inherited.IN_TRANSACTION),
+            adoption.connects_in_flight,
+        )
+        for tag, state, action in adoption.connections:
+            self._telemetry.connection_inherited(tag, state, action)
+
+    def _refuse_checkout(self, refusal: _Refusal) -> None:
+        pid = os.getpid()
+        if not refusal.reported:
+            refusal.reported = True
+            self._telemetry.connection_refused(None, inherited.IDLE)
+        raise ForeignCheckoutError(
+            f"the {refusal.idle} idle connection(s) of this pool belong to pid {refusal.owner_pid} and "
+            f"on_foreign='refuse' lets pid {pid} check out none; call engine.dispose() in pid {pid} first",
+            owner_pid=refusal.owner_pid,
+            pid=pid,
+            state=inherited.IDLE,
+        )
+
+    def _replace_inherited(
+        self, fairy: PidFairy, tag: ownership.ConnectionTag, driver: Driver, settings: Settings
+    ) -> Any:
+        """Let a checkout of an inherited connection go on with one of this process's own."""
+        other = cast(PidFairy, self.connect())
+        try:
+            if fairy.is_detached:
+                other.detach()
+            connection = other.dbapi_connection
+            driver.apply(connection, settings)
+        except BaseException:
+            other.close()
+            raise
+        holding = other.pidpool_holding
+        connection = fairy._go_on_with(other)
+        self._telemetry.connection_replaced(tag, None if holding is None else holding.tag)
+        return connection
+
+
+class _Refusal:
+    """Why a child's checkouts are refused."""
+
+    def __init__(self, owner_pid: int, idle: int) -> None:
+        self.owner_pid = owner_pid
+        self.idle = idle
+        self.reported = False
+
+
+def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option}={value!r}: takes one of {', '.join(map(repr, choices))}")
+
+
+def _check_number(option: str, value: object, least: int, *, whole: bool = False, remedy: str) -> None:
+    kind = "a whole number" if whole else "a number"
+    takes = f"takes {kind} of {least} or more, {remedy}"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise TypeError(f"{option}={value!r}: {takes}")
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{option}={value!r}: {takes}")

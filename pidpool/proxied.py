@@ -1,0 +1,292 @@
+"""SQLAlchemy's pool entry and checked-out connection, made to know whose connection they hold.
+
+A `PidRecord` is a pool's slot, a `PidFairy` one checkout of it. Both ask at every door whether this
+is still the process that opened the connection; in a child they find a `DisownedConnection` in its
+place. Read beside sqlalchemy/pool/base.py, whose two classes these extend.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import __version__ as sqlalchemy_version
+from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, _finalize_fairy
+
+from pidpool import fork
+from pidpool.fork import WIPED, flag
+from pidpool.inherited import DisownedConnection
+
+if TYPE_CHECKING:
+    from pidpool.ownership import Holding
+    from pidpool.pool import PidPool
+    from pidpool.telemetry import ClosedReason
+
+# The attributes behind the properties and past the checks, read and written in a child's adoption.
+record_connection: Any = _ConnectionRecord.__dict__["dbapi_connection"]
+fairy_connection: Any = _ConnectionFairy.__dict__["dbapi_connection"]
+
+
+class PidRecord(_ConnectionRecord):
+    """One slot of a pool.
+
+    `inherited` is set in a child for every slot that held a connection at the fork: such a slot is
+    not counted there and never goes back into the pool.
+    """
+
+    __slots__ = ("pidpool_holding", "inherited", "closed_reason")
+
+    pidpool_holding: Holding | None
+    inherited: bool
+    closed_reason: ClosedReason
+
+    def __init__(self, pool: PidPool, connect: bool = True) -> None:
+        self.pidpool_holding = None
+        self.inherited = False
+        self.closed_reason = "recycled"
+        super().__init__(pool, connect)
+
+    @property
+    def pidpool(self) -> PidPool:
+        return cast("PidPool", self._ConnectionRecord__pool)  # type: ignore[attr-defined]
+
+    def _ConnectionRecord__connect(self) -> None:
+        # SQLAlchemy's own private method, the one place through which every connect and reconnect
+        # of a record passes, its first-connect events included. A fork has to wait for all of it:
+        # a dialect half initialised in another thread would stay so in the child.
+        gate = fork.gate
+        gate.enter_connect()
+        try:
+            started = time.perf_counter()
+            super()._ConnectionRecord__connect()  # type: ignore[misc]
+        finally:
+            gate.leave_connect()
+        holding = self.pidpool_holding
+        if holding is not None:
+            self.pidpool._telemetry.connection_opened(holding.tag, time.perf_counter() - started)
+
+    def close(self) -> None:
+        if self._let_go_if_inherited():
+            return
+        super().close()
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        if self._let_go_if_inherited():
+            return
+        holding = self.pidpool_holding
+        if self.dbapi_connection is not None and holding is not None:
+            self.pidpool._telemetry.connection_invalidated(holding.tag, soft, e)
+        if not soft:
+            self.closed_reason = "invalidated"
+        try:
+            super().invalidate(e, soft)
+        finally:
+            self.closed_reason = "recycled"
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        if self._let_go_if_inherited():
+            self.fairy_ref = None
+            return
+        super().checkin(_fairy_was_created)
+
+    def _let_go_if_inherited(self) -> bool:
+        if flag[0] == WIPED:
+            fork.notice()
+        if not self.inherited:
+            return False
+        self.finalize_callback.clear()
+        self.dbapi_connection = None
+        return True
+
+
+class _FairyReference(weakref.ref["PidFairy"]):
+    """A weak reference to a checkout that returns its connection when the checkout is dropped."""
+
+    __slots__ = ("record", "pool", "echo", "__weakref__")
+
+    record: PidRecord
+    pool: PidPool
+    echo: Any
+
+    def detach(self) -> None:
+        """Forget the checkout: it was closed or detached (the name is `weakref.finalize`'s)."""
+        checkouts.pop(id(self), None)
+
+
+checkouts: dict[int, _FairyReference] = {}
+"""Every checkout of this process. Keeps the references alive, without which they would not fire
+when a pool is dropped together with its checkouts. Emptied in a child."""
+
+
+def _dropped(reference: _FairyReference) -> None:
+    """Return the connection of a checkout that was garbage collected; never logs, never raises."""
+    reference.detach()
+    if flag[0] == WIPED:
+        fork.notice()
+    record = reference.record
+    if record.inherited:
+        if record.fairy_ref is reference:
+            record.checkin()
+        return
+    _give_back(record, reference)
+
+
+if sqlalchemy_version.startswith("2.0."):
+
+    def _give_back(record: PidRecord, reference: _FairyReference) -> None:
+        _finalize_fairy(  # type: ignore[call-arg, unused-ignore]
+            None, record, reference.pool, reference, reference.echo, transaction_was_reset=False  # type: ignore[misc, arg-type, unused-ignore]
+        )
+
+else:
+
+    def _give_back(record: PidRecord, reference: _FairyReference) -> None:
+        _finalize_fairy(
+            None,
+            record,
+            reference.pool,
+            reference.echo,
+            transaction_was_reset=False,
+            is_gc_cleanup=True,  # type: ignore[call-arg, unused-ignore]
+        )
+
+
+class PidFairy(_ConnectionFairy):
+    """One checkout of a connection: what ``engine.raw_connection()`` returns.
+
+    Belongs to one thread at a time, as SQLAlchemy's. In a forked child it holds a
+    `DisownedConnection` until the first use opens a connection of the child's own.
+    """
+
+    __slots__ = ("_finalizer", "_detached_holding")
+
+    _finalizer: _FairyReference  # type: ignore[assignment, unused-ignore]  # a weakref.finalize in 2.1
+    _detached_holding: Holding | None
+
+    def __init__(self, pool: PidPool, dbapi_connection: Any, record: PidRecord, echo: Any) -> None:
+        # Not SQLAlchemy's own: its finalizer would go for the connection without asking whose it is.
+        self._pool = pool
+        self._counter = 0
+        self._echo = echo
+        self._detached_holding = None
+        self._hold(dbapi_connection, record)
+
+    def _hold(self, dbapi_connection: Any, record: PidRecord) -> None:
+        fairy_connection.__set__(self, dbapi_connection)
+        self._connection_record = record
+        reference = _FairyReference(self, _dropped)  # type: ignore[arg-type]
+        reference.record = record
+        reference.pool = self.pidpool
+        reference.echo = self._echo
+        self._finalizer = reference
+        checkouts[id(reference)] = reference
+        record.fairy_ref = reference
+
+    @property
+    def dbapi_connection(self) -> Any:  # type: ignore[override]
+        if flag[0] == WIPED:
+            fork.notice()
+        return fairy_connection.__get__(self)
+
+    @dbapi_connection.setter
+    def dbapi_connection(self, value: Any) -> None:
+        fairy_connection.__set__(self, value)
+
+    @property
+    def pidpool(self) -> PidPool:
+        return cast("PidPool", self._pool)
+
+    @property
+    def pidpool_holding(self) -> Holding | None:
+        if self.dbapi_connection is None:
+            return None
+        record = self._connection_record
+        return self._detached_holding if record is None else cast(PidRecord, record).pidpool_holding
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dbapi_connection.cursor(*args, **kwargs)
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        if self._is_disowned():
+            self._let_go()
+        else:
+            super().invalidate(e, soft)
+
+    def detach(self) -> None:
+        connection = self.dbapi_connection
+        if isinstance(connection, DisownedConnection):
+            if not connection.pidpool_inheritance.may_be_replaced():
+                # It already is outside of this process's pool; its use goes on raising.
+                if self._connection_record is not None:
+                    self._detached_holding = cast(PidRecord, self._connection_record).pidpool_holding
+                    self._connection_record.checkin()
+                    self._connection_record = None
+                return
+            connection.pidpool_inheritance.replacement()
+        record = cast("PidRecord | None", self._connection_record)
+        if record is not None:
+            holding = record.pidpool_holding
+            self._detached_holding = holding
+            if holding is not None:
+                holding.detached = weakref.ref(self)
+        super().detach()
+        self._finalizer.detach()
+
+    def _checkin(self, transaction_was_reset: bool = False) -> None:
+        if self._is_disowned():
+            self._let_go()
+            return
+        super()._checkin(transaction_was_reset)
+        self._finalizer.detach()
+
+    def _is_disowned(self) -> bool:
+        return isinstance(self.dbapi_connection, DisownedConnection)
+
+    def _let_go(self) -> None:
+        """End the checkout of a connection that is not this process's, without touching it."""
+        record = self._connection_record
+        if record is not None:
+            record.checkin()
+        self._finalizer.detach()
+        self.dbapi_connection = None
+        self._connection_record = None
+
+    def _go_on_with(self, other: PidFairy) -> Any:
+        """Take over the connection of a checkout just made, in the place of an inherited one."""
+        inherited = cast("PidRecord | None", self._connection_record)
+        self._finalizer.detach()
+        other._finalizer.detach()
+        connection = fairy_connection.__get__(other)
+        record = cast("PidRecord | None", other._connection_record)
+        self.__dict__.pop("info", None)  # memoized from the inherited record
+        if record is None:
+            self._detached_holding = other._detached_holding
+            if self._detached_holding is not None:
+                self._detached_holding.detached = weakref.ref(self)
+            self._connection_record = None
+            fairy_connection.__set__(self, connection)
+        else:
+            if inherited is not None:
+                # What SQLAlchemy wants undone at checkin, such as an isolation level.
+                record.finalize_callback.extend(inherited.finalize_callback)
+                inherited.checkin()
+            self._hold(connection, record)
+        # Emptied, so that its end does not return the connection.
+        other._connection_record = None
+        other.dbapi_connection = None
+        return connection
+
+
+def check_out(pool: PidPool) -> PidFairy:
+    """Take an entry from the pool, connected, as a new checkout; may wait for pool_timeout seconds."""
+    record = cast(PidRecord, pool._do_get())
+    try:
+        dbapi_connection = record.get_connection()
+    except BaseException as error:
+        record._checkin_failed(error, _fairy_was_created=False)
+        raise
+    echo = pool._should_log_debug()
+    if echo:
+        pool.logger.debug("Connection %r checked out from pool", dbapi_connection)
+    return PidFairy(pool, dbapi_connection, record, echo)
