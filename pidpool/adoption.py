@@ -101,19 +101,19 @@ def renew_first_connect(dispatch: Any) -> None:
         if getattr(listeners, "_exec_w_sync_once", True):
             continue
         for listener in chain(listeners.parent_listeners, listeners.listeners):
-            cells = dict(zip(listener.__code__.co_freevars, listener.__closure__ or ())) if hasattr(
-                listener, "__code__"
-            ) else {}
-            # sqlalchemy.util.only_once(): `once` is the list that the function is popped from.
-            if "once" in cells and "fn" in cells:
-                once, function = cells["once"].cell_contents, cells["fn"].cell_contents
-                if once == [] and getattr(function, "__module__", "") == "sqlalchemy.engine.create":
-                    once.append(function)
+            # sqlalchemy.util.only_once(): `once` is the list that the function `fn` is popped from.
+            names = getattr(getattr(listener, "__code__", None), "co_freevars", ())
+            if "once" not in names or "fn" not in names:
+                continue
+            once = listener.__closure__[names.index("once")].cell_contents
+            function = listener.__closure__[names.index("fn")].cell_contents
+            if once == [] and getattr(function, "__module__", "") == "sqlalchemy.engine.create":
+                once.append(function)
 
 
 def _report() -> None:
     for pool in list(forkable):
-        pool._report_adoption()
+        pool._report()
 
 
 fork.in_child(_adopt)

@@ -2,7 +2,8 @@
 its descriptor, its server process, whether a transaction is open, and the settings it holds locally.
 
 Read in psycopg2 2.9 (connection_type.c), psycopg 3.3 (_connection_base.py), PyMySQL 1.1,
-mysqlclient 2.2 and CPython's sqlite3. In a child these are the only calls that may be made on an inherited connection.
+mysqlclient 2.2 and CPython's sqlite3. In a child these are the only calls that may be made on an
+inherited connection.
 """
 
 from __future__ import annotations

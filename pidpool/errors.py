@@ -6,7 +6,6 @@ also SQLAlchemy's or the driver's own, so that `except` blocks written before pi
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 from sqlalchemy import exc
@@ -82,7 +81,9 @@ def _rebuild_for_driver(
     return foreign_error_for(operational_error)(message, **fields)
 
 
-@lru_cache(maxsize=None)
+_for_driver: dict[type[Exception], type[ForeignConnectionError]] = {}
+
+
 def foreign_error_for(operational_error: type[Exception]) -> type[ForeignConnectionError]:
     """Return the `ForeignConnectionError` that is also the given driver's ``OperationalError``.
 
@@ -90,9 +91,13 @@ def foreign_error_for(operational_error: type[Exception]) -> type[ForeignConnect
     and does not look for a disconnect (``DBAPIError.instance``).
     """
 
+    if operational_error in _for_driver:
+        return _for_driver[operational_error]
+
     def __reduce__(self: ForeignConnectionError) -> _Rebuild:
         # By the driver's class, since this one can't be found by its name.
         return _rebuild_for_driver, (operational_error, self.message, self._fields())
 
     members = {"__module__": __name__, "__doc__": ForeignConnectionError.__doc__, "__reduce__": __reduce__}
-    return type("ForeignConnectionError", (ForeignConnectionError, operational_error), members)
+    leaf = type("ForeignConnectionError", (ForeignConnectionError, operational_error), members)
+    return _for_driver.setdefault(operational_error, leaf)

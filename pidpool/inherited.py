@@ -155,9 +155,7 @@ class Inheritance:
     def may_be_replaced(self) -> bool:
         """Return whether the next use opens a connection of this process's own."""
         return (
-            self.state == NO_TRANSACTION
-            and self._settings is not None
-            and self.pool.on_foreign == "replace"
+            self.state == NO_TRANSACTION and self._settings is not None and self.pool.on_foreign == "replace"
         )
 
     def replaced_by(self) -> Any:

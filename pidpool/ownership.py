@@ -50,7 +50,9 @@ class Holding:
 
     __slots__ = ("tag", "sever", "device", "detached", "_connection", "_record", "_key", "__weakref__")
 
-    def __init__(self, tag: ConnectionTag, device: int | None, connection: Any, record: Any, sever: bool) -> None:
+    def __init__(
+        self, tag: ConnectionTag, device: int | None, connection: Any, record: Any, sever: bool
+    ) -> None:
         self.tag = tag
         self.device = device
         self.sever = sever
@@ -163,7 +165,7 @@ def tag_of(
         holding: Holding | None = proxied.pidpool_holding
     except AttributeError:
         raise TypeError(
-            f"{x!r} has no tag: tag_of() takes a Connection, AsyncConnection, pooled connection or pool entry "
-            "of an engine made with poolclass=PidPool"
+            f"{x!r} has no tag: tag_of() takes a Connection, AsyncConnection, pooled connection or pool "
+            "entry of an engine made with poolclass=PidPool"
         ) from None
     return None if holding is None else holding.tag

@@ -76,7 +76,10 @@ class PidPool(QueuePool):
         _check_number("max_overflow", max_overflow, -1, whole=True, remedy="-1 for no limit")
         _check_number("timeout", timeout, 0, remedy="in seconds (create_engine calls it pool_timeout)")
         _check_number(
-            "recycle", kw.get("recycle", -1), -1, remedy="in seconds, -1 for never (create_engine calls it pool_recycle)"
+            "recycle",
+            kw.get("recycle", -1),
+            -1,
+            remedy="in seconds, -1 for never (create_engine calls it pool_recycle)",
         )
         if logger is not None and not callable(getattr(logger, "warning", None)):
             raise TypeError(f"logger={logger!r}: takes a structlog logger, or None for structlog's own")
@@ -97,9 +100,7 @@ class PidPool(QueuePool):
 
         def open_and_tag(record: PidRecord) -> Any:
             connection = invoke(record)
-            record.pidpool_holding = ownership.take(
-                connection, record, sever=self.inherited_sockets == "sever"
-            )
+            record.holding = ownership.take(connection, record, sever=self.inherited_sockets == "sever")
             inherited.prepare_to_sever()
             return connection
 
@@ -238,12 +239,14 @@ class PidPool(QueuePool):
         self._overflow = 0 - self._pool.maxsize
         self._overflow_lock = threading.Lock()
         renew_first_connect(self.dispatch)
+        self._telemetry.forget_deferred()
         idle = adoption.count(inherited.IDLE)
         if self.on_foreign == "refuse" and idle:
             self._refusal = _Refusal(adoption.parent_pid, idle)
         self._unreported = adoption
 
-    def _report_adoption(self) -> None:
+    def _report(self) -> None:
+        self._telemetry.emit_deferred()
         adoption, self._unreported = self._unreported, None
         if adoption is None:
             return

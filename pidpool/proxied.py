@@ -35,14 +35,14 @@ class PidRecord(_ConnectionRecord):
     not counted there and never goes back into the pool.
     """
 
-    __slots__ = ("pidpool_holding", "inherited", "closed_reason")
+    __slots__ = ("holding", "inherited", "closed_reason")
 
-    pidpool_holding: Holding | None
+    holding: Holding | None
     inherited: bool
     closed_reason: ClosedReason
 
     def __init__(self, pool: PidPool, connect: bool = True) -> None:
-        self.pidpool_holding = None
+        self.holding = None
         self.inherited = False
         self.closed_reason = "recycled"
         super().__init__(pool, connect)
@@ -51,20 +51,32 @@ class PidRecord(_ConnectionRecord):
     def pidpool(self) -> PidPool:
         return cast("PidPool", self._ConnectionRecord__pool)  # type: ignore[attr-defined]
 
+    @property
+    def pidpool_holding(self) -> Holding | None:
+        """What is known of the connection in the slot; None while it holds none."""
+        return None if self.dbapi_connection is None else self.holding
+
+    @property
+    def driver_connection(self) -> Any:  # type: ignore[override]  # as SQLAlchemy's own classes
+        if flag[0] == WIPED:
+            fork.notice()
+        return super().driver_connection
+
     def _ConnectionRecord__connect(self) -> None:
         # SQLAlchemy's own private method, the one place through which every connect and reconnect
         # of a record passes, its first-connect events included. A fork has to wait for all of it:
         # a dialect half initialised in another thread would stay so in the child.
         gate = fork.gate
-        gate.enter_connect()
+        self.closed_reason = "failed"
         try:
+            gate.enter_connect()
             started = time.perf_counter()
             super()._ConnectionRecord__connect()  # type: ignore[misc]
         finally:
             gate.leave_connect()
-        holding = self.pidpool_holding
-        if holding is not None:
-            self.pidpool._telemetry.connection_opened(holding.tag, time.perf_counter() - started)
+            self.closed_reason = "recycled"
+        if self.holding is not None:
+            self.pidpool._telemetry.connection_opened(self.holding.tag, time.perf_counter() - started)
 
     def close(self) -> None:
         if self._let_go_if_inherited():
@@ -75,7 +87,7 @@ class PidRecord(_ConnectionRecord):
         if self._let_go_if_inherited():
             return
         holding = self.pidpool_holding
-        if self.dbapi_connection is not None and holding is not None:
+        if holding is not None:
             self.pidpool._telemetry.connection_invalidated(holding.tag, soft, e)
         if not soft:
             self.closed_reason = "invalidated"
@@ -121,23 +133,23 @@ when a pool is dropped together with its checkouts. Emptied in a child."""
 
 def _dropped(reference: _FairyReference) -> None:
     """Return the connection of a checkout that was garbage collected; never logs, never raises."""
-    reference.detach()
     if flag[0] == WIPED:
-        fork.notice()
+        fork.notice()  # first, while it still counts as checked out
+    reference.detach()
     record = reference.record
-    if record.inherited:
-        if record.fairy_ref is reference:
-            record.checkin()
-        return
-    _give_back(record, reference)
+    if not record.inherited:
+        with reference.pool._telemetry.deferred():
+            _give_back(record, reference)
+    elif record.fairy_ref is reference:
+        record.checkin()
 
 
 if sqlalchemy_version.startswith("2.0."):
 
     def _give_back(record: PidRecord, reference: _FairyReference) -> None:
-        _finalize_fairy(  # type: ignore[call-arg, unused-ignore]
-            None, record, reference.pool, reference, reference.echo, transaction_was_reset=False  # type: ignore[misc, arg-type, unused-ignore]
-        )
+        # mypy sees SQLAlchemy 2.1's signature: the reference is 2.0's.
+        finalize: Any = _finalize_fairy
+        finalize(None, record, reference.pool, reference, reference.echo, transaction_was_reset=False)
 
 else:
 
@@ -148,7 +160,7 @@ else:
             reference.pool,
             reference.echo,
             transaction_was_reset=False,
-            is_gc_cleanup=True,  # type: ignore[call-arg, unused-ignore]
+            is_gc_cleanup=True,
         )
 
 
@@ -175,13 +187,13 @@ class PidFairy(_ConnectionFairy):
     def _hold(self, dbapi_connection: Any, record: PidRecord) -> None:
         fairy_connection.__set__(self, dbapi_connection)
         self._connection_record = record
-        reference = _FairyReference(self, _dropped)  # type: ignore[arg-type]
+        reference = _FairyReference(self, _dropped)
         reference.record = record
         reference.pool = self.pidpool
         reference.echo = self._echo
         self._finalizer = reference
         checkouts[id(reference)] = reference
-        record.fairy_ref = reference
+        record.fairy_ref = reference  # type: ignore[assignment]  # to a subclass
 
     @property
     def dbapi_connection(self) -> Any:  # type: ignore[override]
@@ -203,6 +215,12 @@ class PidFairy(_ConnectionFairy):
             return None
         record = self._connection_record
         return self._detached_holding if record is None else cast(PidRecord, record).pidpool_holding
+
+    @property
+    def driver_connection(self) -> Any:  # type: ignore[override]  # as SQLAlchemy's own classes
+        if flag[0] == WIPED:
+            fork.notice()
+        return super().driver_connection
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         return self.dbapi_connection.cursor(*args, **kwargs)

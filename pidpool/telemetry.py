@@ -10,9 +10,17 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
+
+from pidpool import fork
 
 if TYPE_CHECKING:
     from pidpool.ownership import ConnectionTag
@@ -21,6 +29,7 @@ ClosedReason = Literal["recycled", "invalidated", "overflow", "disposed", "detac
 Trigger = Literal["hook", "lazy"]
 
 _numbers = itertools.count(1)
+_finalizing = threading.local()
 
 
 class Telemetry:
@@ -36,6 +45,7 @@ class Telemetry:
     def __init__(self, pool: str | None = None, logger: Any = None) -> None:
         self.pool = pool or f"pool-{next(_numbers)}"
         self.logger = logger
+        self._deferred: deque[tuple[str, str, dict[str, object]]] = deque()
 
     def connection_opened(self, tag: ConnectionTag, create_time: float) -> None:
         """A connection was opened; `create_time` in seconds, connect events included."""
@@ -100,10 +110,49 @@ class Telemetry:
                 "opened_at": tag.opened_at,
                 **fields,
             }
-        logger = self.logger
-        if logger is None:
-            logger = structlog.get_logger("pidpool") if structlog.is_configured() else _stdlib_logger
-        getattr(logger, level)(event, pool=self.pool, pid=os.getpid(), **fields)
+        fields = {"pool": self.pool, "pid": os.getpid(), **fields}
+        if getattr(_finalizing, "depth", 0):
+            self._deferred.append((level, event, fields))
+            if fork.flag[0] == fork.SETTLED:
+                fork.flag[0] = fork.UNREPORTED  # the next door of a pool will tell it
+        else:
+            self._write(level, event, fields)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Hold the events of this thread back: it runs a finalizer, which may have interrupted it
+        while it held a log writer's lock."""
+        _finalizing.depth = getattr(_finalizing, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            _finalizing.depth -= 1
+
+    def emit_deferred(self) -> None:
+        """Write the events that finalizers held back."""
+        while self._deferred:
+            try:
+                level, event, fields = self._deferred.popleft()
+            except IndexError:
+                return
+            self._write(level, event, fields)
+
+    def forget_deferred(self) -> None:
+        """Drop what a child inherited: the parent tells it."""
+        self._deferred = deque()
+
+    def _write(self, level: str, event: str, fields: dict[str, object]) -> None:
+        try:
+            logger = self.logger
+            if logger is None:
+                configured = structlog.is_configured()
+                logger = structlog.get_logger("pidpool") if configured else _stdlib_logger
+            getattr(logger, level)(event, **fields)
+        except Exception:
+            # A full disk under a log must not cost anybody a connection; logging's own rule.
+            if logging.raiseExceptions and sys.stderr is not None:
+                sys.stderr.write(f"pidpool: the event {event} could not be logged:\n")
+                traceback.print_exc(file=sys.stderr)
 
 
 _stdlib_logger: Any = structlog.wrap_logger(

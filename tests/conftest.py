@@ -1,0 +1,69 @@
+"""What all tests share: one real PostgreSQL with TLS for the session, engines on it, and a check that
+its log stays clean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import pytest
+from sqlalchemy import Engine, create_engine, text
+
+from pidpool import PidPool
+from pidpool.embedded import EmbeddedPostgres
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[EmbeddedPostgres]:
+    with EmbeddedPostgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["tls", "plain"])
+def url(request: pytest.FixtureRequest, postgres: EmbeddedPostgres) -> str:
+    return postgres.url(tls=request.param == "tls")
+
+
+@pytest.fixture
+def tls_url(postgres: EmbeddedPostgres) -> str:
+    return postgres.url(tls=True)
+
+
+class MakeEngine(Protocol):
+    def __call__(self, url: str, **options: Any) -> Engine: ...
+
+
+@pytest.fixture
+def make_engine() -> Iterator[MakeEngine]:
+    engines = []
+
+    def make(url: str, **options: Any) -> Engine:
+        engine = create_engine(url, **{"poolclass": PidPool, **options})
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.dispose()
+
+
+@pytest.fixture
+def table(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """An empty table `kept (v text)`, dropped afterwards."""
+    engine = create_engine(postgres.url(tls=False))
+    with engine.begin() as connection:
+        connection.execute(text("drop table if exists kept"))
+        connection.execute(text("create table kept (v text)"))
+    yield "kept"
+    with engine.begin() as connection:
+        connection.execute(text("set local lock_timeout = '10s'"))
+        connection.execute(text("drop table kept"))
+    engine.dispose()
+
+
+@pytest.fixture
+def clean_log(postgres: EmbeddedPostgres) -> Iterator[None]:
+    """Fails the test if the server had to complain of a client meanwhile."""
+    mark = postgres.log_mark()
+    yield
+    assert postgres.complaints(mark) == []

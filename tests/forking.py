@@ -1,0 +1,87 @@
+"""Forks for tests: run a function in a real child, with a bound on its life, and get back what it
+returned or the traceback of what it raised."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import pickle
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, Literal
+
+How = Literal["python", "c"]
+
+LIFE = 30.0
+"""Seconds after which a child counts as hung: its stacks are dumped, then it is killed."""
+
+# Keeps the GIL over the call, so that the child has it too when other threads run (uWSGI's way).
+_libc_with_gil = ctypes.PyDLL(None)
+
+
+class ChildFailed(AssertionError):
+    pass
+
+
+def fork(how: How) -> int:
+    """Fork through Python, with its at-fork hooks, or in C, with none."""
+    return os.fork() if how == "python" else _libc_with_gil.fork()
+
+
+def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", life: float = LIFE) -> Any:
+    """Return what `function(*args)` returned in a forked child; its result has to be picklable."""
+    with tempfile.TemporaryFile("w+") as stacks:
+        reader, writer = os.pipe()
+        pid = fork(how)
+        if pid == 0:
+            os.close(reader)
+            faulthandler.enable(file=stacks)
+            faulthandler.dump_traceback_later(life, file=stacks)
+            code = 1
+            try:
+                try:
+                    answer = pickle.dumps((True, function(*args)))
+                    code = 0
+                except BaseException:
+                    answer = pickle.dumps((False, traceback.format_exc()))
+                sys.stdout.flush()
+                sys.stderr.flush()
+                while answer:
+                    answer = answer[os.write(writer, answer) :]
+            finally:
+                os._exit(code)
+        os.close(writer)
+        try:
+            answer, hung = _read_all(reader, time.monotonic() + life + 2)
+        finally:
+            os.close(reader)
+        if hung:
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if hung or not answer:
+            stacks.seek(0)
+            what = f"hung for {life} s" if hung else f"ended with wait status {status} and no answer"
+            raise ChildFailed(f"child {pid} {what}; its stacks:\n{stacks.read()}")
+    succeeded, value = pickle.loads(answer)
+    if not succeeded:
+        raise ChildFailed(f"child {pid} raised:\n{value}")
+    assert status == 0
+    return value
+
+
+def _read_all(reader: int, deadline: float) -> tuple[bytes, bool]:
+    chunks = []
+    while True:
+        ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return b"", True
+        chunk = os.read(reader, 65536)
+        if not chunk:
+            return b"".join(chunks), False
+        chunks.append(chunk)
