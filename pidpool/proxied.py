@@ -196,7 +196,7 @@ class PidFairy(_ConnectionFairy):
         record.fairy_ref = reference  # type: ignore[assignment]  # to a subclass
 
     @property
-    def dbapi_connection(self) -> Any:  # type: ignore[override]
+    def dbapi_connection(self) -> Any:
         if flag[0] == WIPED:
             fork.notice()
         return fairy_connection.__get__(self)

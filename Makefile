@@ -1,0 +1,61 @@
+# What can be done in a clone, from nothing but python3 and make: `make help`.
+# Everything runs in a virtual environment of its own, rebuilt when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Further requirements for pip, for example: make test VENV=.venv-2.0 REQUIRE='sqlalchemy==2.0.*'
+REQUIRE ?=
+PYTEST_ARGS ?=
+# The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
+TEST_SECONDS ?= 1200
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+unexport PYTHONPATH PYTHONHOME
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip install --quiet --editable
+bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
+
+.PHONY: help demo test sqlalchemy-suite lint format build clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
+
+demo: $(VENV)/.demo ## fork over a real PostgreSQL with TLS: SQLAlchemy's pool, then pidpool
+	$(bin)/pidpool demo
+
+test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
+	$(bounded) $(bin)/python -m pytest $(PYTEST_ARGS)
+
+sqlalchemy-suite: $(VENV)/.dev ## run SQLAlchemy's own pool tests on pidpool
+	$(bounded) $(bin)/python tests/sqlalchemy_suite.py
+
+lint: $(VENV)/.dev ## check style and types
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+
+format: $(VENV)/.dev ## put the code into the project's format
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+
+build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
+	rm -rf dist
+	$(bin)/python -m build
+
+clean: ## remove what the other targets made
+	rm -rf .venv .venv-* $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.demo: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
+	    sys.exit(sys.version_info < (3, 10) and f"{sys.executable} is Python {v}; 3.10 is needed: make PYTHON=...")'
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	    { echo "$(PYTHON) can't make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(pip) '.[demo]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(pip) '.[dev]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
