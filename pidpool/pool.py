@@ -63,7 +63,7 @@ class PidPool(QueuePool):
         creator: Any,
         pool_size: int = 5,
         max_overflow: int = 10,
-        timeout: float = 30.0,
+        timeout: float | None = 30.0,
         use_lifo: bool = False,
         on_foreign: Literal["replace", "refuse"] = "replace",
         inherited_sockets: Literal["sever", "keep"] = "sever",
@@ -73,8 +73,14 @@ class PidPool(QueuePool):
         _check_choice("on_foreign", on_foreign, _ON_FOREIGN)
         _check_choice("inherited_sockets", inherited_sockets, _INHERITED_SOCKETS)
         _check_number("pool_size", pool_size, 0, whole=True, remedy="0 for no limit")
-        _check_number("max_overflow", max_overflow, -1, whole=True, remedy="-1 for no limit")
-        _check_number("timeout", timeout, 0, remedy="in seconds (create_engine calls it pool_timeout)")
+        _check_number("max_overflow", max_overflow, whole=True, remedy="a negative one for no limit")
+        if timeout is not None:
+            _check_number(
+                "timeout",
+                timeout,
+                0,
+                remedy="in seconds (create_engine calls it pool_timeout), or None to wait without bound",
+            )
         _check_number(
             "recycle",
             kw.get("recycle", -1),
@@ -90,7 +96,8 @@ class PidPool(QueuePool):
         self._unreported: Adoption | None = None
         if flag[0] != SETTLED:
             fork.settle()
-        super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)
+        # SQLAlchemy's annotation leaves None out, its tests do not.
+        super().__init__(creator, pool_size, max_overflow, cast(float, timeout), use_lifo, **kw)
         forkable.add(self)
 
     # -- opening and closing
@@ -195,7 +202,6 @@ class PidPool(QueuePool):
             use_lifo=self._pool.use_lifo,
             on_foreign=self.on_foreign,
             inherited_sockets=self.inherited_sockets,
-            logger=self._telemetry.logger,
             pre_ping=self._pre_ping,
             recycle=self._recycle,
             echo=self.echo,
@@ -204,7 +210,7 @@ class PidPool(QueuePool):
             _dispatch=self.dispatch,
             dialect=self._dialect,
         )
-        pool._telemetry.pool = self._telemetry.pool
+        pool._telemetry = self._telemetry
         return pool
 
     def status(self) -> str:
@@ -308,10 +314,13 @@ def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{option}={value!r}: takes one of {', '.join(map(repr, choices))}")
 
 
-def _check_number(option: str, value: object, least: int, *, whole: bool = False, remedy: str) -> None:
+def _check_number(
+    option: str, value: object, least: int | None = None, *, whole: bool = False, remedy: str
+) -> None:
     kind = "a whole number" if whole else "a number"
-    takes = f"takes {kind} of {least} or more, {remedy}"
+    bound = "" if least is None else f" of {least} or more"
+    takes = f"takes {kind}{bound}, {remedy}"
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise TypeError(f"{option}={value!r}: {takes}")
-    if not (math.isfinite(value) and value >= least):
+    if not math.isfinite(value) or (least is not None and value < least):
         raise ValueError(f"{option}={value!r}: {takes}")

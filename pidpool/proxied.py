@@ -296,8 +296,16 @@ class PidFairy(_ConnectionFairy):
         return connection
 
 
+_class_of_records = vars(_ConnectionRecord)
+_checkout_of_sqlalchemy = _class_of_records["checkout"]
+
+
 def check_out(pool: PidPool) -> PidFairy:
     """Take an entry from the pool, connected, as a new checkout; may wait for pool_timeout seconds."""
+    # SQLAlchemy's own method names its own fairy; but who has wrapped it (a tracer, SQLAlchemy's
+    # tests) is not passed over.
+    if _class_of_records["checkout"] is not _checkout_of_sqlalchemy:
+        return _instead_of(_ConnectionRecord.checkout(pool))
     record = cast(PidRecord, pool._do_get())
     try:
         dbapi_connection = record.get_connection()
@@ -308,3 +316,11 @@ def check_out(pool: PidPool) -> PidFairy:
     if echo:
         pool.logger.debug("Connection %r checked out from pool", dbapi_connection)
     return PidFairy(pool, dbapi_connection, record, echo)
+
+
+def _instead_of(fairy: _ConnectionFairy) -> PidFairy:
+    """Take a checkout of SQLAlchemy's over, which is dropped without an effect afterwards."""
+    pool, record = cast("PidPool", fairy._pool), cast(PidRecord, fairy._connection_record)
+    if hasattr(fairy, "_finalizer"):  # 2.1; 2.0's finds another reference in its record, and does nothing
+        fairy._finalizer.detach()
+    return PidFairy(pool, fairy.dbapi_connection, record, fairy._echo)
