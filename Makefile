@@ -6,6 +6,7 @@ VENV ?= .venv
 # Further requirements for pip, for example: make test VENV=.venv-2.0 REQUIRE='sqlalchemy==2.0.*'
 REQUIRE ?=
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 
@@ -22,7 +23,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
 
 demo: $(VENV)/.demo ## fork over a real PostgreSQL with TLS: SQLAlchemy's pool, then pidpool
-	$(bin)/pidpool demo
+	$(bin)/pidpool demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
 	$(bounded) $(bin)/python -m pytest $(PYTEST_ARGS)

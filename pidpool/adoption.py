@@ -7,61 +7,118 @@ must not block, log, raise or send anything; what it found is told at the first 
 
 from __future__ import annotations
 
+import time
 import weakref
+from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pidpool import fork, inherited, ownership
+from pidpool.checkouts import Checkout, checkouts
 from pidpool.inherited import DisownedConnection, Inheritance
 from pidpool.ownership import ConnectionTag, Holding
-from pidpool.proxied import PidFairy, PidRecord, checkouts, fairy_connection, record_connection
+from pidpool.proxied import PidFairy, PidRecord, fairy_connection, record_connection
 
 if TYPE_CHECKING:
+    from pidpool.places import Place
     from pidpool.pool import PidPool
 
 forkable: weakref.WeakSet[PidPool] = weakref.WeakSet()
 """Every pool of this process that is alive."""
 
 
+class Fork:
+    """A fork as the parent's pool remembers it until it may tell of it: how many connections it had."""
+
+    def __init__(self) -> None:
+        self.at = time.time()
+        self.idle = 0
+        self.checked_out = 0
+        self.in_transaction = 0
+
+
 class Adoption:
     """What a child found when it took a pool over."""
 
     def __init__(self, parent_pid: int, trigger: str, connects_in_flight: int) -> None:
+        self.at = time.time()
         self.parent_pid = parent_pid
         self.trigger = trigger
         self.connects_in_flight = connects_in_flight
-        self.connections: list[tuple[ConnectionTag, str, str]] = []
-        """The tag, the state at the fork and what became of the descriptor, for each connection."""
+        self.connections: list[tuple[ConnectionTag, str, str, Place | None]] = []
+        """The tag, the state at the fork, what became of the descriptor and who had checked it out,
+        for each connection."""
 
     def count(self, state: str) -> int:
         """Return how many connections were inherited in this state."""
-        return sum(each == state for _, each, _ in self.connections)
+        return sum(each == state for _, each, _, _ in self.connections)
 
 
-def _adopt(trigger: str, connects_in_flight: int) -> None:
-    parent_pid = fork.current().pid
-    checked_out = {id(reference.record): reference for reference in list(checkouts.values())}
-    pools = {id(pool): pool for pool in list(forkable)}
-    adoptions = {key: Adoption(parent_pid, trigger, connects_in_flight) for key in pools}
+class _Open(NamedTuple):
+    """One connection that is open at a fork, and all that refers to it."""
+
+    holding: Holding
+    connection: Any
+    record: PidRecord | None
+    fairy: PidFairy | None
+    checkout: Checkout | None
+    pool: PidPool | None
+
+    @property
+    def state(self) -> str:
+        if self.checkout is None and self.record is not None:
+            return inherited.IDLE
+        return inherited.transaction_state(self.connection)
+
+
+def _open_connections() -> Iterator[_Open]:
+    by_record = {id(checkout.record): checkout for checkout in list(checkouts.values())}
     for holding in list(ownership.register.values()):
         connection = holding.connection()
         if connection is None or isinstance(connection, DisownedConnection):
             continue
-        # A detached connection's record has gone back to the pool and may hold another one by now.
-        record: PidRecord | None = None if holding.detached is not None else holding.record()
+        record: PidRecord | None = None
         fairy: PidFairy | None = None
+        checkout: Checkout | None = None
         if holding.detached is not None:
+            # Its record has gone back to the pool and may hold another one by now.
             fairy = holding.detached()
-        elif record is not None and id(record) in checked_out:
-            fairy = checked_out[id(record)]()
-        idle = holding.detached is None and (record is None or id(record) not in checked_out)
-        state = inherited.IDLE if idle else inherited.transaction_state(connection)
+        else:
+            record = holding.record()
+            checkout = by_record.get(id(record))
+            fairy = None if checkout is None else checkout()
         pool = record.pidpool if record is not None else fairy.pidpool if fairy is not None else None
+        yield _Open(holding, connection, record, fairy, checkout, pool)
+
+
+def _note_fork() -> None:
+    forks: dict[int, tuple[PidPool, Fork]] = {}
+    for each in _open_connections():
+        if each.pool is None:
+            continue
+        _, noted = forks.setdefault(id(each.pool), (each.pool, Fork()))
+        state = each.state
+        noted.idle += state == inherited.IDLE
+        noted.checked_out += state != inherited.IDLE
+        noted.in_transaction += state == inherited.IN_TRANSACTION
+    for pool, noted in forks.values():
+        pool._unreported.append(noted)
+    if forks and fork.flag[0] == fork.SETTLED:
+        fork.flag[0] = fork.UNREPORTED
+
+
+def _adopt(trigger: str, connects_in_flight: int) -> None:
+    parent_pid = fork.current().pid
+    pools = {id(pool): pool for pool in list(forkable)}
+    adoptions = {key: Adoption(parent_pid, trigger, connects_in_flight) for key in pools}
+    for each in _open_connections():
+        holding, connection, pool, state = each.holding, each.connection, each.pool, each.state
         if pool is not None:
-            _replace_by_stand_in(pool, holding, connection, state, record, fairy)
+            _replace_by_stand_in(pool, holding, connection, state, each.record, each.fairy)
         action = inherited.disown(holding, connection)
         if pool is not None and id(pool) in adoptions:
-            adoptions[id(pool)].connections.append((holding.tag, state, action))
+            place = None if each.checkout is None else each.checkout.place
+            adoptions[id(pool)].connections.append((holding.tag, state, action, place))
     for key, pool in pools.items():
         pool._start_from_zero(adoptions[key])
     ownership.register.clear()
@@ -116,5 +173,6 @@ def _report() -> None:
         pool._report()
 
 
+fork.in_parent(_note_fork)
 fork.in_child(_adopt)
 fork.at_first_use(_report)

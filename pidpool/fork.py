@@ -9,7 +9,6 @@ The lazy check is one read of `flag`, a byte on a page that the kernel zeroes in
 from __future__ import annotations
 
 import gc
-import logging  # noqa: F401  imported so that its at-fork hooks are registered before ours
 import mmap
 import os
 import secrets
@@ -17,6 +16,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+# Imports logging, whose at-fork hooks have to be registered before ours.
+from pidpool import writers
 
 _MADV_WIPEONFORK = 18
 
@@ -26,7 +28,7 @@ connect waits at most for a fork to be over."""
 
 WIPED = 0  # this process was forked and has not noticed yet
 SETTLED = 1  # this process has dealt with whatever it inherited
-UNREPORTED = 2  # it has dealt with it, but in a place where nothing may be logged
+UNREPORTED = 2  # something happened in a place where nothing may be logged
 
 
 class _Flag(Protocol):
@@ -134,8 +136,17 @@ class _Gate:
 
 gate = _Gate()
 
+_in_parent: list[Callable[[], None]] = []
 _in_child: list[Callable[[str, int], None]] = []
 _to_report: list[Callable[[], None]] = []
+
+
+def in_parent(forked: Callable[[], None]) -> None:
+    """Have `forked()` called in the parent after every fork that ran Python's hooks.
+
+    It runs inside the at-fork hook: it must not block, log, yield or raise.
+    """
+    _in_parent.append(forked)
 
 
 def in_child(adopt: Callable[[str, int], None]) -> None:
@@ -148,7 +159,8 @@ def in_child(adopt: Callable[[str, int], None]) -> None:
 
 
 def at_first_use(report: Callable[[], None]) -> None:
-    """Have `report()` called in a child at the first use of a pool, where logging is allowed."""
+    """Have `report()` called at the next use of a pool, where logging is allowed, when `flag[0]` is
+    UNREPORTED; always so in a child."""
     _to_report.append(report)
 
 
@@ -167,6 +179,7 @@ def notice(trigger: str = "lazy") -> None:
             in_flight = gate.in_flight(threading.get_ident())
             for adopt in _in_child:
                 adopt(trigger, in_flight)
+            writers.renew()
             process = Process.this()
             gate = _Gate()
             flag[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
@@ -190,10 +203,14 @@ def settle() -> None:
 
 def _before() -> None:
     gate.before_fork()
+    writers.hold()  # last: a thread whose connect is waited for may log
 
 
 def _after_in_parent() -> None:
+    writers.release()
     gate.after_fork_in_parent()
+    for forked in _in_parent:
+        forked()
 
 
 def _after_in_child() -> None:

@@ -10,14 +10,18 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
+from collections import deque
+from contextvars import copy_context
 from typing import Any, Literal, cast
 
+from sqlalchemy import exc
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import queue as sqlalchemy_queue
 
-from pidpool import fork, inherited, ownership
-from pidpool.adoption import Adoption, forkable, renew_first_connect
+from pidpool import fork, inherited, overdue, ownership, places
+from pidpool.adoption import Adoption, Fork, forkable, renew_first_connect
 from pidpool.drivers import Driver, Settings
 from pidpool.errors import ForeignCheckoutError
 from pidpool.fork import SETTLED, WIPED, flag
@@ -50,6 +54,9 @@ class PidPool(QueuePool):
     :param inherited_sockets: ``"sever"`` replaces the child's descriptor of each inherited socket by
         a dead one, so that the server's session ends with its owner. ``"keep"`` leaves descriptors
         alone.
+    :param hold_warning: seconds; a checkout that lasts longer logs ``checkout.overdue`` once, with the
+        line of code that made it, and ``checkout.returned_late`` when it ends. None: no such watch,
+        and nothing is paid for it. Else a daemon thread watches, started with the first checkout.
     :param logger: a structlog logger for the pool's events instead of ``structlog.get_logger("pidpool")``.
     :raises ValueError: if an option has a value that it does not take.
     :raises TypeError: if an option has a value of the wrong type.
@@ -57,6 +64,7 @@ class PidPool(QueuePool):
 
     on_foreign: Literal["replace", "refuse"]
     inherited_sockets: Literal["sever", "keep"]
+    hold_warning: float | None
 
     def __init__(
         self,
@@ -67,6 +75,7 @@ class PidPool(QueuePool):
         use_lifo: bool = False,
         on_foreign: Literal["replace", "refuse"] = "replace",
         inherited_sockets: Literal["sever", "keep"] = "sever",
+        hold_warning: float | None = None,
         logger: Any = None,
         **kw: Any,
     ) -> None:
@@ -87,13 +96,17 @@ class PidPool(QueuePool):
             -1,
             remedy="in seconds, -1 for never (create_engine calls it pool_recycle)",
         )
+        if hold_warning is not None:
+            _check_number("hold_warning", hold_warning, 0, remedy="in seconds, or None for no warnings")
         if logger is not None and not callable(getattr(logger, "warning", None)):
             raise TypeError(f"logger={logger!r}: takes a structlog logger, or None for structlog's own")
         self.on_foreign = on_foreign
         self.inherited_sockets = inherited_sockets
+        self.hold_warning = hold_warning
         self._telemetry = Telemetry(kw.get("logging_name"), logger)
         self._refusal: _Refusal | None = None
-        self._unreported: Adoption | None = None
+        # What happened at forks, until it may be logged; the newest, if nobody uses the pool for long.
+        self._unreported: deque[Adoption | Fork] = deque(maxlen=100)
         if flag[0] != SETTLED:
             fork.settle()
         # SQLAlchemy's annotation leaves None out, its tests do not.
@@ -146,7 +159,26 @@ class PidPool(QueuePool):
             fork.settle()
         if self._refusal is not None:
             self._refuse_checkout(self._refusal)
-        return _ConnectionFairy._checkout(self, None, check_out(self))
+        started = time.perf_counter()
+        try:
+            fairy = cast(PidFairy, _ConnectionFairy._checkout(self, None, check_out(self)))
+        except exc.TimeoutError:
+            waited = time.perf_counter() - started
+            self._telemetry.checkout_timed_out(waited, self.size(), self.overflow(), self.checkedout())
+            raise
+        checkout = fairy._finalizer
+        checkout.since = now = time.perf_counter()
+        if self._telemetry.is_debugging():
+            holding = fairy.pidpool_holding
+            if holding is not None:
+                checkout.told = True
+                self._telemetry.connection_checked_out(holding.tag, now - started)
+        if self.hold_warning is not None:
+            checkout.place = places.caller()
+            checkout.context = copy_context()
+            checkout.due_at = now + self.hold_warning
+            overdue.watch(checkout.due_at)
+        return fairy
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         if flag[0] == WIPED:
@@ -177,17 +209,20 @@ class PidPool(QueuePool):
         """Close the idle connections that this process owns, as `QueuePool.dispose`."""
         if flag[0] != SETTLED:
             fork.settle()
+        checked_out, closed = max(0, self.checkedout()), 0
         while True:
             try:
                 record = cast(PidRecord, self._pool.get(False))
             except sqlalchemy_queue.Empty:
                 break
+            closed += record.dbapi_connection is not None
             record.closed_reason = "disposed"
             record.close()
         self._overflow = 0 - self.size()
         # A child that disposes starts afresh, also if it keeps this pool instead of the new one.
         self._refusal = None
         self.logger.info("Pool disposed. %s", self.status())
+        self._telemetry.pool_disposed(closed, checked_out)
 
     def recreate(self) -> PidPool:
         """Return a new pool with the same options and the same name in events."""
@@ -202,6 +237,7 @@ class PidPool(QueuePool):
             use_lifo=self._pool.use_lifo,
             on_foreign=self.on_foreign,
             inherited_sockets=self.inherited_sockets,
+            hold_warning=self.hold_warning,
             pre_ping=self._pre_ping,
             recycle=self._recycle,
             echo=self.echo,
@@ -249,15 +285,25 @@ class PidPool(QueuePool):
         idle = adoption.count(inherited.IDLE)
         if self.on_foreign == "refuse" and idle:
             self._refusal = _Refusal(adoption.parent_pid, idle)
-        self._unreported = adoption
+        self._unreported.clear()  # the parent's to tell
+        self._unreported.append(adoption)
 
     def _report(self) -> None:
         self._telemetry.emit_deferred()
-        adoption, self._unreported = self._unreported, None
-        if adoption is None:
-            return
+        while self._unreported:
+            try:
+                noted = self._unreported.popleft()
+            except IndexError:
+                return  # another thread was first
+            if isinstance(noted, Fork):
+                self._telemetry.pool_forked(noted.at, noted.idle, noted.checked_out, noted.in_transaction)
+            else:
+                self._report_adoption(noted)
+
+    def _report_adoption(self, adoption: Adoption) -> None:
         idle = adoption.count(inherited.IDLE)
         self._telemetry.pool_adopted(
+            adoption.at,
             adoption.parent_pid,
             adoption.trigger,
             idle,
@@ -265,8 +311,9 @@ class PidPool(QueuePool):
             adoption.count(inherited.IN_TRANSACTION),
             adoption.connects_in_flight,
         )
-        for tag, state, action in adoption.connections:
-            self._telemetry.connection_inherited(tag, state, action)
+        for tag, state, action, place in adoption.connections:
+            where = None if place is None else str(place)
+            self._telemetry.connection_inherited(adoption.at, tag, state, action, where)
 
     def _refuse_checkout(self, refusal: _Refusal) -> None:
         pid = os.getpid()

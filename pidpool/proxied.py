@@ -11,10 +11,10 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import __version__ as sqlalchemy_version
-from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, _finalize_fairy
+from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
 
 from pidpool import fork
+from pidpool.checkouts import Checkout
 from pidpool.fork import WIPED, flag
 from pidpool.inherited import DisownedConnection
 
@@ -112,58 +112,6 @@ class PidRecord(_ConnectionRecord):
         return True
 
 
-class _FairyReference(weakref.ref["PidFairy"]):
-    """A weak reference to a checkout that returns its connection when the checkout is dropped."""
-
-    __slots__ = ("record", "pool", "echo", "__weakref__")
-
-    record: PidRecord
-    pool: PidPool
-    echo: Any
-
-    def detach(self) -> None:
-        """Forget the checkout: it was closed or detached (the name is `weakref.finalize`'s)."""
-        checkouts.pop(id(self), None)
-
-
-checkouts: dict[int, _FairyReference] = {}
-"""Every checkout of this process. Keeps the references alive, without which they would not fire
-when a pool is dropped together with its checkouts. Emptied in a child."""
-
-
-def _dropped(reference: _FairyReference) -> None:
-    """Return the connection of a checkout that was garbage collected; never logs, never raises."""
-    if flag[0] == WIPED:
-        fork.notice()  # first, while it still counts as checked out
-    reference.detach()
-    record = reference.record
-    if not record.inherited:
-        with reference.pool._telemetry.deferred():
-            _give_back(record, reference)
-    elif record.fairy_ref is reference:
-        record.checkin()
-
-
-if sqlalchemy_version.startswith("2.0."):
-
-    def _give_back(record: PidRecord, reference: _FairyReference) -> None:
-        # mypy sees SQLAlchemy 2.1's signature: the reference is 2.0's.
-        finalize: Any = _finalize_fairy
-        finalize(None, record, reference.pool, reference, reference.echo, transaction_was_reset=False)
-
-else:
-
-    def _give_back(record: PidRecord, reference: _FairyReference) -> None:
-        _finalize_fairy(
-            None,
-            record,
-            reference.pool,
-            reference.echo,
-            transaction_was_reset=False,
-            is_gc_cleanup=True,
-        )
-
-
 class PidFairy(_ConnectionFairy):
     """One checkout of a connection: what ``engine.raw_connection()`` returns.
 
@@ -173,7 +121,7 @@ class PidFairy(_ConnectionFairy):
 
     __slots__ = ("_finalizer", "_detached_holding")
 
-    _finalizer: _FairyReference  # type: ignore[assignment, unused-ignore]  # a weakref.finalize in 2.1
+    _finalizer: Checkout  # type: ignore[assignment, unused-ignore]  # a weakref.finalize in 2.1
     _detached_holding: Holding | None
 
     def __init__(self, pool: PidPool, dbapi_connection: Any, record: PidRecord, echo: Any) -> None:
@@ -187,13 +135,8 @@ class PidFairy(_ConnectionFairy):
     def _hold(self, dbapi_connection: Any, record: PidRecord) -> None:
         fairy_connection.__set__(self, dbapi_connection)
         self._connection_record = record
-        reference = _FairyReference(self, _dropped)
-        reference.record = record
-        reference.pool = self.pidpool
-        reference.echo = self._echo
-        self._finalizer = reference
-        checkouts[id(reference)] = reference
-        record.fairy_ref = reference  # type: ignore[assignment]  # to a subclass
+        self._finalizer = checkout = Checkout.of(self, record, self.pidpool, self._echo)
+        record.fairy_ref = checkout  # type: ignore[assignment]  # to a subclass
 
     @property
     def dbapi_connection(self) -> Any:
@@ -255,6 +198,8 @@ class PidFairy(_ConnectionFairy):
         if self._is_disowned():
             self._let_go()
             return
+        if self._connection_record is not None:
+            self._finalizer.tell_return()
         super()._checkin(transaction_was_reset)
         self._finalizer.detach()
 
@@ -290,6 +235,7 @@ class PidFairy(_ConnectionFairy):
                 record.finalize_callback.extend(inherited.finalize_callback)
                 inherited.checkin()
             self._hold(connection, record)
+        self._finalizer.go_on_as(other._finalizer)
         # Emptied, so that its end does not return the connection.
         other._connection_record = None
         other.dbapi_connection = None

@@ -12,10 +12,12 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
@@ -35,8 +37,10 @@ _finalizing = threading.local()
 class Telemetry:
     """The events of one pool.
 
-    Never called inside an at-fork hook or a finalizer: a log writer's lock may be held there.
-    Fields are scalars; none holds a password, a DSN or query parameters.
+    Never called inside an at-fork hook: a log writer's lock may be held there; what is told inside a
+    finalizer is kept for the next use of a pool. Every event has ``pool``, ``pid``, ``at`` (seconds
+    since the epoch, when it happened) and, where there is a connection, its whole tag. Fields are
+    scalars; none holds a password, a DSN or query parameters.
 
     :param pool: the pool's name in every event; None for ``pool-<number>``.
     :param logger: a structlog logger (or one with its methods) to use instead of structlog's own.
@@ -45,24 +49,93 @@ class Telemetry:
     def __init__(self, pool: str | None = None, logger: Any = None) -> None:
         self.pool = pool or f"pool-{next(_numbers)}"
         self.logger = logger
-        self._deferred: deque[tuple[str, str, dict[str, object]]] = deque()
+        self._wrapper: object = None
+        self._probe: Callable[[int], object] | None = None
+        self._deferred: deque[tuple[Context, str, str, dict[str, object]]] = deque()
+
+    # -- a connection's life
 
     def connection_opened(self, tag: ConnectionTag, create_time: float) -> None:
         """A connection was opened; `create_time` in seconds, connect events included."""
         self._emit("info", "connection.opened", tag, create_time=round(create_time, 6))
 
+    def connection_checked_out(self, tag: ConnectionTag, wait_time: float) -> None:
+        """A checkout succeeded; `wait_time` in seconds, with pre-ping and connecting where needed.
+
+        Only called where `is_debugging` said so.
+        """
+        self._emit("debug", "connection.checked_out", tag, wait_time=round(wait_time, 6))
+
+    def connection_checked_in(self, tag: ConnectionTag, use_time: float) -> None:
+        """A connection came back after `use_time` seconds; told where its checkout was told."""
+        self._emit("debug", "connection.checked_in", tag, use_time=round(use_time, 6))
+
     def connection_closed(self, tag: ConnectionTag, reason: ClosedReason) -> None:
+        """This process closed a connection that it owns."""
         self._emit("info", "connection.closed", tag, reason=reason)
 
     def connection_invalidated(self, tag: ConnectionTag, soft: bool, error: BaseException | None) -> None:
+        """A connection was invalidated, hard or soft."""
         # The class alone: a driver's message may quote a statement with its parameters.
         name = None if error is None else type(error).__name__
         self._emit("info", "connection.invalidated", tag, soft=soft, error=name)
 
-    def connection_inherited(self, tag: ConnectionTag, state: str, action: str) -> None:
-        """The cross-process leak, told by the inheritor: one for each inherited connection."""
+    # -- checkouts that took or lasted too long
+
+    def checkout_timed_out(self, wait_time: float, size: int, overflow: int, checked_out: int) -> None:
+        """No connection was free for `wait_time` seconds."""
+        self._emit(
+            "warning",
+            "checkout.timed_out",
+            wait_time=round(wait_time, 6),
+            size=size,
+            overflow=overflow,
+            checked_out=checked_out,
+        )
+
+    def checkout_overdue(
+        self, tag: ConnectionTag | None, held: float, hold_warning: float, where: str | None
+    ) -> None:
+        """A checkout has lasted longer than the pool's `hold_warning` seconds; told once, while it lasts."""
+        self._emit(
+            "warning", "checkout.overdue", tag, held=round(held, 6), hold_warning=hold_warning, where=where
+        )
+
+    def checkout_returned_late(
+        self, tag: ConnectionTag | None, use_time: float, hold_warning: float, where: str | None
+    ) -> None:
+        """A checkout that had lasted longer than `hold_warning` seconds came back."""
+        self._emit(
+            "warning",
+            "checkout.returned_late",
+            tag,
+            use_time=round(use_time, 6),
+            hold_warning=hold_warning,
+            where=where,
+        )
+
+    # -- forks
+
+    def pool_forked(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """Told by the parent: a child was forked, with so many connections open."""
+        self._emit(
+            "info",
+            "pool.forked",
+            at=at,
+            idle=idle,
+            checked_out=checked_out,
+            in_transaction=in_transaction,
+        )
+
+    def connection_inherited(
+        self, at: float, tag: ConnectionTag, state: str, action: str, where: str | None
+    ) -> None:
+        """The cross-process leak, told by the inheritor: one for each inherited connection.
+
+        `where` is the line that had checked it out, known with `hold_warning` only.
+        """
         level = "warning" if state in ("in transaction", "unknown") else "info"
-        self._emit(level, "connection.inherited", tag, state=state, action=action)
+        self._emit(level, "connection.inherited", tag, at=at, state=state, action=action, where=where)
 
     def connection_replaced(self, inherited: ConnectionTag, tag: ConnectionTag | None) -> None:
         """A checkout goes on with a connection of this process's own."""
@@ -76,6 +149,7 @@ class Telemetry:
 
     def pool_adopted(
         self,
+        at: float,
         parent_pid: int,
         trigger: str,
         idle: int,
@@ -91,6 +165,7 @@ class Telemetry:
         self._emit(
             "warning" if connects_in_flight else "info",
             "pool.adopted",
+            at=at,
             parent_pid=parent_pid,
             trigger=trigger,
             idle=idle,
@@ -99,7 +174,36 @@ class Telemetry:
             connects_in_flight=connects_in_flight,
         )
 
-    def _emit(self, level: str, event: str, tag: ConnectionTag | None = None, **fields: object) -> None:
+    def pool_disposed(self, closed: int, checked_out: int) -> None:
+        """The pool was disposed of: so many idle connections closed, so many still checked out."""
+        self._emit("info", "pool.disposed", closed=closed, checked_out=checked_out)
+
+    # -- how it is told
+
+    def is_debugging(self) -> bool:
+        """Return whether a DEBUG event would be heard at present: a checkout asks before it tells."""
+        logger = self.logger
+        if logger is None:
+            if not structlog.is_configured():
+                return _stdlib.isEnabledFor(logging.DEBUG)
+            # Asked again only when structlog was configured anew: binding a logger costs 3 µs.
+            wrapper = structlog.get_config()["wrapper_class"]
+            if wrapper is not self._wrapper:
+                self._wrapper = wrapper
+                self._probe = _level_check(structlog.get_logger("pidpool"))
+        elif self._probe is None:
+            self._probe = _level_check(logger)
+        return self._probe is None or bool(self._probe(logging.DEBUG))
+
+    def _emit(
+        self,
+        level: str,
+        event: str,
+        tag: ConnectionTag | None = None,
+        *,
+        at: float | None = None,
+        **fields: object,
+    ) -> None:
         if tag is not None:
             fields = {
                 "connection_id": tag.connection_id,
@@ -110,9 +214,10 @@ class Telemetry:
                 "opened_at": tag.opened_at,
                 **fields,
             }
-        fields = {"pool": self.pool, "pid": os.getpid(), **fields}
+        at = time.time() if at is None else at
+        fields = {"pool": self.pool, "pid": os.getpid(), "at": round(at, 6), **fields}
         if getattr(_finalizing, "depth", 0):
-            self._deferred.append((level, event, fields))
+            self._deferred.append((copy_context(), level, event, fields))
             if fork.flag[0] == fork.SETTLED:
                 fork.flag[0] = fork.UNREPORTED  # the next door of a pool will tell it
         else:
@@ -132,10 +237,10 @@ class Telemetry:
         """Write the events that finalizers held back."""
         while self._deferred:
             try:
-                level, event, fields = self._deferred.popleft()
+                context, level, event, fields = self._deferred.popleft()
             except IndexError:
                 return
-            self._write(level, event, fields)
+            context.run(self._write, level, event, fields)
 
     def forget_deferred(self) -> None:
         """Drop what a child inherited: the parent tells it."""
@@ -155,8 +260,9 @@ class Telemetry:
                 traceback.print_exc(file=sys.stderr)
 
 
+_stdlib = logging.getLogger("pidpool")
 _stdlib_logger: Any = structlog.wrap_logger(
-    logging.getLogger("pidpool"),
+    _stdlib,
     wrapper_class=structlog.stdlib.BoundLogger,
     processors=[
         structlog.stdlib.filter_by_level,
@@ -164,3 +270,15 @@ _stdlib_logger: Any = structlog.wrap_logger(
         structlog.processors.KeyValueRenderer(key_order=["event", "pool", "pid"]),
     ],
 )
+
+
+def _level_check(logger: Any) -> Callable[[int], object] | None:
+    """Return the function by which a logger says that it hears a level; None if it has none."""
+    bound = logger.bind() if hasattr(logger, "bind") else logger
+    for name in ("is_enabled_for", "isEnabledFor"):  # structlog's own; the stdlib's and its wrapper's
+        check: Callable[[int], object] | None = getattr(bound, name, None)
+        if callable(check):
+            return check
+    if hasattr(bound, "get_effective_level"):  # structlog before 25.1
+        return lambda level: level >= bound.get_effective_level()
+    return None
