@@ -17,7 +17,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --editable
 bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
 
-.PHONY: help demo test sqlalchemy-suite lint format build clean
+.PHONY: help demo test test-system sqlalchemy-suite lint format build clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -26,7 +26,10 @@ demo: $(VENV)/.demo ## fork over a real PostgreSQL with TLS: SQLAlchemy's pool, 
 	$(bin)/pidpool demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
-	$(bounded) $(bin)/python -m pytest $(PYTEST_ARGS)
+	$(bounded) $(bin)/python -m pytest -m 'not system' $(PYTEST_ARGS)
+
+test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus and npm
+	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
 
 sqlalchemy-suite: $(VENV)/.dev ## run SQLAlchemy's own pool tests on pidpool
 	$(bounded) $(bin)/python tests/sqlalchemy_suite.py
