@@ -235,7 +235,7 @@ def _read_entry(pid: int) -> _Entry | None:
     state, flags = fields[0], int(fields[6])
     if state in "ZX" or flags & _KERNEL_THREAD:
         return None
-    name = head.partition("(")[2]
+    name = _printable(head.partition("(")[2])
     return _Entry(pid, int(fields[1]), name, int(fields[19]), bool(flags & _FORKED_NO_EXEC))
 
 
@@ -308,13 +308,18 @@ def _masked(command: str) -> str:
     return _SECRET.sub(lambda match: f"{match[1]}:***" if match[1] is not None else f"{match[2]}***", command)
 
 
+def _printable(text: str) -> str:
+    """Return a text without what would steer the terminal: any user may choose a name or a path."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _process(entry: _Entry) -> Process:
     command, user = "", "?"
     try:
         process = psutil.Process(entry.pid)
         with process.oneshot():
             user = process.username()
-            command = _masked(" ".join(process.cmdline()).strip())
+            command = _printable(_masked(" ".join(process.cmdline()).strip()))
     except (psutil.Error, OSError):
         pass
     started_at = psutil.boot_time() + entry.start / os.sysconf("SC_CLK_TCK")
@@ -370,17 +375,17 @@ def _forked_from(tree: Mapping[int, _Entry], entry: _Entry) -> Iterator[int]:
     """Yield the ancestors of which a process still runs a copy; descriptors are inherited with that."""
     for pid in _ancestors(tree, entry.pid):
         # Who adopts an orphan is another program, as a rule: init, a container's shim.
-        if not entry.forked or _program(entry) != _program(tree[pid]):
+        if not entry.forked or not _same_program(entry, tree[pid]):
             return
         entry = tree[pid]
         yield pid
 
 
-def _program(entry: _Entry) -> str:
+def _same_program(one: _Entry, other: _Entry) -> bool:
     try:
-        return os.readlink(f"/proc/{entry.pid}/exe")
+        return os.readlink(f"/proc/{one.pid}/exe") == os.readlink(f"/proc/{other.pid}/exe")
     except OSError:
-        return ""
+        return one.name == other.name
 
 
 # -- where it leads
@@ -462,7 +467,7 @@ class _Network:
             name = PORTS.get(port, "PostgreSQL")
         elif name is None and _MYSQL_PATH.search(server.path):
             name = "MySQL"
-        return None if name is None else _Server(name, "unix", server.path, port)
+        return None if name is None else _Server(name, "unix", _printable(server.path), port)
 
     def _held_by_server(self, inode: int) -> str | None:
         names = (SERVERS.get(self._tree[pid].name) for pid in self._holders.get(inode, ()))

@@ -101,13 +101,16 @@ def _watch(pids: Sequence[int], ports: Sequence[int], as_json: bool, interval: f
             while True:
                 click.echo(json.dumps(_find(pids, ports).to_dict()))
                 time.sleep(interval)
+        if not sys.stdout.isatty() or console.is_dumb_terminal:
+            while True:
+                scan = _find(pids, ports)
+                console.print(Text(f"{_clock(scan.taken_at)}"), _shown(scan), Text())
+                time.sleep(interval)
         with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
             while True:
                 scan = _find(pids, ports)
-                looked = Text(f"{_clock(scan.taken_at)}, every {interval:g} s; Ctrl-C ends", style="dim")
+                looked = Text(f"\n{_clock(scan.taken_at)}, every {interval:g} s; Ctrl-C ends", style="dim")
                 live.update(Group(_shown(scan), looked), refresh=True)
-                if not console.is_terminal:
-                    console.print(_shown(scan), looked)
                 time.sleep(interval)
     except KeyboardInterrupt:
         pass
