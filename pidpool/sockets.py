@@ -4,6 +4,7 @@ nothing sent and nothing attached to. Whose they are is judged by how each proce
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -60,11 +61,6 @@ class Process:
     started_at: float
     """Seconds since the epoch."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
-        names = ("pid", "parent_pid", "name", "command", "user", "started_at")
-        return {name: getattr(self, name) for name in names}
-
 
 @dataclass(frozen=True)
 class Holder(Process):
@@ -72,10 +68,6 @@ class Holder(Process):
 
     fds: tuple[int, ...]
     """Its descriptors of that socket."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
-        return {**super().to_dict(), "fds": list(self.fds)}
 
 
 @dataclass(frozen=True)
@@ -87,10 +79,6 @@ class Owner(Process):
     and a driver's socket does not outlive that. Else the likeliest one."""
     holds: bool | None
     """Whether it still has the socket; None where it could not be looked into."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
-        return {**super().to_dict(), "certain": self.certain, "holds": self.holds}
 
 
 @dataclass(frozen=True)
@@ -117,15 +105,6 @@ class SharedSocket:
         """The holders that are not the owner."""
         return tuple(holder for holder in self.holders if holder.pid != self.owner.pid)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
-        names = ("inode", "server", "family", "address", "port", "shared_since")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "owner": self.owner.to_dict(),
-            "holders": [holder.to_dict() for holder in self.holders],
-        }
-
 
 @dataclass(frozen=True)
 class Scan:
@@ -142,14 +121,8 @@ class Scan:
     """What else this machine did not let be seen."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON: the fields by their names, all times in seconds since the epoch."""
-        return {
-            "taken_at": self.taken_at,
-            "looked_into": self.looked_into,
-            "sockets": [each.to_dict() for each in self.sockets],
-            "unreadable": [process.to_dict() for process in self.unreadable],
-            "notes": list(self.notes),
-        }
+        """Return all of it as dicts, lists, strings and numbers, by the names of the fields."""
+        return dataclasses.asdict(self)
 
 
 class NoSuchProcess(LookupError):
@@ -235,7 +208,7 @@ def _read_entry(pid: int) -> _Entry | None:
     state, flags = fields[0], int(fields[6])
     if state in "ZX" or flags & _KERNEL_THREAD:
         return None
-    name = _printable(head.partition("(")[2])
+    name = head.partition("(")[2]
     return _Entry(pid, int(fields[1]), name, int(fields[19]), bool(flags & _FORKED_NO_EXEC))
 
 
@@ -308,18 +281,13 @@ def _masked(command: str) -> str:
     return _SECRET.sub(lambda match: f"{match[1]}:***" if match[1] is not None else f"{match[2]}***", command)
 
 
-def _printable(text: str) -> str:
-    """Return a text without what would steer the terminal: any user may choose a name or a path."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def _process(entry: _Entry) -> Process:
     command, user = "", "?"
     try:
         process = psutil.Process(entry.pid)
         with process.oneshot():
             user = process.username()
-            command = _printable(_masked(" ".join(process.cmdline()).strip()))
+            command = _masked(" ".join(process.cmdline()).strip())
     except (psutil.Error, OSError):
         pass
     started_at = psutil.boot_time() + entry.start / os.sysconf("SC_CLK_TCK")
@@ -337,12 +305,12 @@ def _describe(
     pids: list[int],
 ) -> SharedSocket:
     holders = sorted(
-        (Holder(**_process(tree[pid]).to_dict(), fds=tuple(sorted(descriptors[pid][inode]))) for pid in pids),
+        (Holder(**vars(_process(tree[pid])), fds=tuple(sorted(descriptors[pid][inode]))) for pid in pids),
         key=lambda holder: (tree[holder.pid].start, holder.pid),
     )
     pid, certain = _owner(tree, [tree[holder.pid] for holder in holders])
     holds = pid in pids if pid in descriptors else None
-    owner = Owner(**_process(tree[pid]).to_dict(), certain=certain, holds=holds)
+    owner = Owner(**vars(_process(tree[pid])), certain=certain, holds=holds)
     since = min(holder.started_at for holder in holders if holder.pid != pid)
     return SharedSocket(
         inode, server.name, server.family, server.address, server.port, owner, tuple(holders), since
@@ -467,7 +435,7 @@ class _Network:
             name = PORTS.get(port, "PostgreSQL")
         elif name is None and _MYSQL_PATH.search(server.path):
             name = "MySQL"
-        return None if name is None else _Server(name, "unix", _printable(server.path), port)
+        return None if name is None else _Server(name, "unix", server.path, port)
 
     def _held_by_server(self, inode: int) -> str | None:
         names = (SERVERS.get(self._tree[pid].name) for pid in self._holders.get(inode, ()))

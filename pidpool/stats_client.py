@@ -48,7 +48,7 @@ class Tally:
         names = ("opened", "checkouts", "timeouts", "forks", "severed", "kept", "replaced", "refused")
         return cls(
             **{name: int(counters[name]) for name in names},
-            inherited={_printable(state): int(count) for state, count in counters["inherited"].items()},
+            inherited={str(state): int(count) for state, count in counters["inherited"].items()},
             wait_time=tuple(counters["wait_time"]["counts"]),
             use_time=tuple(counters["use_time"]["counts"]),
         )
@@ -150,21 +150,16 @@ def _refusal(url: str, error: urllib.error.HTTPError, token: str | None) -> str:
     if error.code == 404:
         return f"there is no {url} (404); give the address where serve_stats() or StatsApp is"
     try:
-        said = _printable(error.read(500).decode(errors="replace").strip().partition("\n")[0])
+        said = error.read(500).decode(errors="replace").strip().partition("\n")[0]
     except (OSError, HTTPException):
         said = ""
     return f"{url} answers {error.code} {said or error.reason}"
 
 
-def _printable(text: str) -> str:
-    """Return a text without what would steer the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def _family(stats: Mapping[str, Any], bounds: Sequence[float]) -> Family:
     names = ("taken_at", "idle", "used", "waiting", "maximum", "server_max_connections")
     return Family(
-        pool=_printable(stats["pool"]),
+        pool=str(stats["pool"]),
         **{name: stats[name] for name in (*names, "departed", "unlisted")},
         members=tuple(_member(process) for process in stats["processes"]),
         tally=Tally.read(stats["counters"]),

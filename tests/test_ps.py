@@ -303,7 +303,7 @@ def test_an_owner_that_was_forked_itself_is_probable(postgres: EmbeddedPostgres,
 def test_a_socket_passed_on_to_another_program(connected: int) -> None:
     dsn = "postgresql://u:hidden1@h/d"
     code = "print(flush=True); input()"
-    arguments = [sys.executable, "-c", code, dsn, "password=hidden2", "--password", "hidden3", "a\x1b[31m"]
+    arguments = [sys.executable, "-c", code, dsn, "password=hidden2", "--password", "hidden3"]
     child = subprocess.Popen(arguments, pass_fds=[connected], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with child:
         assert child.stdout is not None
@@ -314,7 +314,7 @@ def test_a_socket_passed_on_to_another_program(connected: int) -> None:
     assert (found.owner.pid, found.owner.certain) == (os.getpid(), False)
     command = found.inheritors[0].command
     assert "postgresql://u:***@h/d password=*** --password ***" in command
-    assert "hidden" not in command and "\x1b" not in command
+    assert "hidden" not in command
 
 
 # -- while it is looked at
@@ -534,6 +534,21 @@ def test_what_could_not_be_looked_into_is_shown_by_user(
         "Could not look into 8 processes: 1 of cron (40); 7 of www (11, 12, 13, 14, 15, …)" in result.output
     )
     assert "Note: nothing else was seen." in result.output
+
+
+def test_nothing_that_is_shown_steers_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    process: dict[str, Any] = {"parent_pid": 1, "name": "n", "user": "u\x1b[2J", "started_at": 0.0}
+    owner = sockets.Owner(pid=11, command="one\x1b[2J\r\ntwo", certain=True, holds=False, **process)
+    holders = [sockets.Holder(pid=pid, command="/bin/\x07three", fds=(3,), **process) for pid in (12, 13)]
+    found = SharedSocket(5, "MySQL", "unix", "/run/\x9bmysqld.sock", None, owner, tuple(holders), 1e9)
+    scan = Scan(time.time(), 2, (found,), (sockets.Process(pid=14, command="four", **process),), ())
+    monkeypatch.setattr(sockets, "find", lambda pids, ports: scan)
+    result = CliRunner().invoke(ps.command, env={"COLUMNS": "200"})
+    assert "MySQL at /run/?mysqld.sock, shared since 2001-09-0" in result.output
+    assert "  11  opened it, let it go        one?[2J??two" in result.output
+    assert "  12  inherited it          fd 3  ?three" in result.output
+    assert "1 of u?[2J (14)" in result.output
+    assert result.output.replace("\n", "").isprintable()
 
 
 def test_usage_errors_and_other_systems_end_with_2(monkeypatch: pytest.MonkeyPatch) -> None:

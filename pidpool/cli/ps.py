@@ -19,6 +19,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from pidpool import sockets
+from pidpool.cli.words import duration, printable
 from pidpool.sockets import Holder, Owner, Process, Scan, SharedSocket
 
 FOUND = 1
@@ -138,7 +139,7 @@ def _shown(scan: Scan) -> RenderableType:
 
 
 def _socket(found: SharedSocket, now: float) -> list[RenderableType]:
-    since = f"since {_clock(found.shared_since)} ({_duration(now - found.shared_since)})"
+    since = f"since {_clock(found.shared_since)} ({duration(now - found.shared_since)})"
     owner = found.owner
     rows = [(str(owner.pid), _role(owner), "", owner.command)] if not owner.holds else []
     for holder in found.holders:
@@ -149,7 +150,7 @@ def _socket(found: SharedSocket, now: float) -> list[RenderableType]:
         Text(f"{found.server} at {where(found)}, shared {since}", "bold"),
         *(
             Text(
-                f"  {row[0]:>{pids}}  {row[1]:<{roles}}  {row[2]:<{fds}}  {_PATH.sub('', row[3])}",
+                f"  {row[0]:>{pids}}  {row[1]:<{roles}}  {row[2]:<{fds}}  {_PATH.sub('', printable(row[3]))}",
                 no_wrap=True,
                 overflow="ellipsis",
             )
@@ -162,7 +163,7 @@ def _socket(found: SharedSocket, now: float) -> list[RenderableType]:
 def where(found: SharedSocket) -> str:
     """Return the server's address as one word."""
     if found.family == "unix":
-        return found.address
+        return printable(found.address)
     return f"[{found.address}]:{found.port}" if found.family == "ipv6" else f"{found.address}:{found.port}"
 
 
@@ -197,7 +198,7 @@ _PIDS_SHOWN = 5
 def _unreadable(processes: Sequence[Process]) -> str:
     by_user: dict[str, list[str]] = defaultdict(list)
     for process in processes:
-        by_user[process.user].append(str(process.pid))
+        by_user[printable(process.user)].append(str(process.pid))
     users = []
     for user, pids in sorted(by_user.items()):
         more = ", …" if len(pids) > _PIDS_SHOWN else ""
@@ -211,11 +212,3 @@ def _clock(at: float) -> str:
     then = time.localtime(at)
     today = then[:3] == time.localtime()[:3]
     return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S", then)
-
-
-def _duration(seconds: float) -> str:
-    seconds = max(0, round(seconds))
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds // unit} {name}"
-    return f"{seconds} s"

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pidpool.cli.words import duration, printable
 from pidpool.stats_client import Family, Member, Rates, StatsUnavailable, Tally, fetch, rates, stats_url
 
 UNAVAILABLE = 1
@@ -62,7 +63,7 @@ def command(url: str, interval: float, token: str | None, once: bool) -> None:
         else:
             _watch(console, address, token, interval, families)
     except StatsUnavailable as error:
-        click.echo(f"pidpool top: {error}", err=True)
+        click.echo(f"pidpool top: {printable(str(error))}", err=True)
         sys.exit(UNAVAILABLE)
     except KeyboardInterrupt:
         pass
@@ -81,7 +82,7 @@ def _watch(
             try:
                 latest = fetch(address, token)
             except StatsUnavailable as error:
-                failure = str(error)
+                failure = printable(str(error))
             else:
                 before = {family.pool: family for family in families}
                 families, answered, failure = latest, time.monotonic(), ""
@@ -91,7 +92,7 @@ def _heading(address: str, interval: float, answered: float, failure: str) -> Te
     clock = time.strftime("%H:%M:%S")
     if failure:
         age = time.monotonic() - answered
-        return Text(f"{clock}, STALE: this is {_age(age)} old. {failure}.\n", "bold red")
+        return Text(f"{clock}, STALE: this is {duration(age)} old. {failure}.\n", "bold red")
     return Text(f"{clock}, every {interval:g} s; Ctrl-C ends. {address}\n", "dim")
 
 
@@ -119,7 +120,7 @@ def _family(family: Family, before: Family | None, width: int, rows: int | None)
 def _title(family: Family) -> Text:
     running = sum(member.alive for member in family.members)
     ended = len(family.members) - running + family.departed
-    title = Text(f"pool {family.pool}", "bold")
+    title = Text(f"pool {printable(family.pool)}", "bold")
     title.append(f"  {running} running, {ended} ended", "not bold")
     if family.unlisted:
         title.append(f"; {family.unlisted} more found no room in the family's memory", "yellow")
@@ -153,7 +154,7 @@ def _checkouts(now: Rates) -> Text:
 
 def _inherited(tally: Tally) -> Text:
     line = Text(f"{sum(tally.inherited.values())} by {tally.forks} forks")
-    states = ", ".join(f"{count} {state}" for state, count in tally.inherited.items() if count)
+    states = ", ".join(f"{count} {printable(state)}" for state, count in tally.inherited.items() if count)
     if states:
         # What the owner's transaction may have suffered from, had the child not let go of it.
         risky = tally.inherited.get("in transaction", 0) + tally.inherited.get("unknown", 0)
@@ -209,7 +210,7 @@ def _row(branch: str, member: Member, now: Rates, live: bool, wide: bool, at: fl
     if wide:
         leaks = (sum(tally.inherited.values()), tally.severed, tally.replaced, tally.refused)
         cells += [Text(_seconds(now.wait_p99)), *(Text(str(count)) for count in leaks)]
-    return [*cells, Text(_age(at - member.since))]
+    return [*cells, Text(duration(at - member.since))]
 
 
 def _tree(members: Sequence[Member]) -> Iterator[tuple[str, Member]]:
@@ -255,11 +256,3 @@ def _seconds(seconds: float | None) -> str:
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"
     return f"{seconds / 1e-6:.3g} µs"
-
-
-def _age(seconds: float) -> str:
-    seconds = max(0, round(seconds))
-    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds // unit} {name}"
-    return f"{seconds} s"
