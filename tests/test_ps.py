@@ -77,7 +77,10 @@ class Family:
         return pid
 
     def settled(self, count: int) -> set[int]:
-        """Wait until so many more processes are what they are to be, and return their pids."""
+        """Wait until so many more processes are what they are to be, and return their pids.
+
+        They tell it through one pipe: one process at a time may wait.
+        """
         pids = set()
         while len(pids) < count:
             ready, _, _ = select.select([self._ready], [], [], SECONDS)
@@ -373,7 +376,6 @@ def test_an_ordinary_user_is_told_what_could_not_be_looked_into(
         members.append(socket.create_connection(("127.0.0.1", postgres.port)))
         family.fork(become_nobody)
         family.fork(become_nobody)
-        family.settled(2)
         prctl(PR_SET_DUMPABLE, 0)  # also its own user may not look into it
 
     def look() -> Scan:
@@ -385,7 +387,7 @@ def test_an_ordinary_user_is_told_what_could_not_be_looked_into(
         return find()
 
     owner = family.fork(open_and_fork)
-    family.settled(1)
+    family.settled(3)
     scan = run_in_child(look)
     # As another user's neither can the one be from which the owner was forked.
     unreadable = {process.pid for process in scan.unreadable}
