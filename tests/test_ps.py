@@ -240,6 +240,37 @@ def test_a_database_servers_own_processes_are_no_leak(connected: int, family: Fa
     assert find([os.getpid()]).sockets == ()
 
 
+def test_a_database_server_that_is_somebodys_client_is_no_database_there(family: Family) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        members = []
+
+        def connect_as_server() -> None:
+            prctl(PR_SET_NAME, b"postgres")
+            members.append(socket.create_connection(address))
+
+        family.fork(connect_as_server)
+        family.settled(1)
+        accepted, _ = listener.accept()
+        with accepted:
+            family.fork()
+            family.settled(1)
+            assert find([os.getpid()]).sockets == ()
+
+
+def test_a_server_that_may_not_be_looked_into_is_known_by_where_it_listens(
+    any_url: str, make_engine: MakeEngine, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(any_url, poolclass=QueuePool)
+    with engine.connect() as connection:
+        ours, fd = server_pid(connection), connection.connection.dbapi_connection.fileno()
+        family.fork()
+        family.settled(1)
+        monkeypatch.setattr(sockets._Network, "_held_by_server", lambda network, inode: None)
+        assert only(find([os.getpid()]), fd).server == "PostgreSQL"
+        assert server_pid(connection) == ours
+
+
 def test_without_the_kernels_diagnostics_tcp_is_still_found(
     connected: int, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
