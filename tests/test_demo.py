@@ -76,7 +76,7 @@ def server_pid(progress: str) -> int:
 def run() -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
     environment = {**os.environ, MARK: secrets.token_hex(8)}
     done = subprocess.run(
-        [*COMMAND, "--iterations", "6", "--json"],
+        [*COMMAND, "--iterations", "10", "--json"],
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -99,10 +99,10 @@ def test_pidpool_gets_through_all_of_it(run: Any) -> None:
     assert {name: measured["text"] for name, measured in ours.items() if measured["failed"]} == {}
     assert list(ours) == [failure.name for failure in FAILURES]
     assert document["complaints"]["pidpool"] == []
-    assert ours["replaced_session"]["done"] == 6
+    assert ours["replaced_session"]["done"] == 10
     assert ours["replaced_session"]["tls"] is True
     for name in ("dropped_session", "forked_in_c"):
-        assert ours[name]["commits_reported"] == ours[name]["rows_present"] == 6
+        assert ours[name]["commits_reported"] == ours[name]["rows_present"] == 10
     assert ours["orphaned_lock"]["seconds"] < failures.ORPHAN_SECONDS
     assert ours["forked_with_threads"]["children_hung"] == 0
     assert document["clean"] is True
@@ -114,27 +114,27 @@ def test_the_others_lose_rows_and_die(run: Any) -> None:
     for key in ("queuepool", "events", "dispose"):
         script = contenders(document, "replaced_session")[key]
         assert script["failed"]
-        assert script["done"] < 6
+        assert script["done"] < 10
         assert "SSL" in script["error"]
         for name in ("dropped_session", "forked_in_c"):
             lost = contenders(document, name)[key]
             assert lost["failed"]
             assert lost["tls"] is False
-            assert (lost["commits_reported"], lost["rows_present"]) == (6, 0)
+            assert (lost["commits_reported"], lost["rows_present"]) == (10, 0)
         lock = contenders(document, "orphaned_lock")[key]
         assert lock["failed"]
         assert lock["until_child_ended"]
-        assert lock["seconds"] > failures.ORPHAN_SECONDS / 2
+        assert lock["seconds"] >= failures.ORPHAN_SECONDS
         assert any("no transaction in progress" in line for line in document["complaints"][key])
     # Whether children hang is a matter of chance; that each is accounted for is not.
     for measured in contenders(document, "forked_with_threads").values():
-        assert measured["forks"] == 6
-        assert 0 <= measured["children_hung"] + measured["children_failed"] <= 6
+        assert measured["forks"] == 10
+        assert 0 <= measured["children_hung"] + measured["children_failed"] <= 10
 
 
 def test_the_document_tells_what_was_measured_on_what(run: Any) -> None:
     document = json.loads(run[0].stdout)
-    assert document["iterations"] == 6
+    assert document["iterations"] == 10
     assert document["seconds"] > 0
     assert set(document["versions"]) == {"pidpool", "SQLAlchemy", "PostgreSQL", "Python"}
     assert document["server"]["embedded"] is True
@@ -146,9 +146,9 @@ def test_the_document_tells_what_was_measured_on_what(run: Any) -> None:
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(run: Any) -> None:
     lines = run[0].stderr.splitlines()
-    told = [line for line in lines if re.match(r"\d+/21 ", line)]
+    told = [line for line in lines if re.match(r"  \S.* (FAIL|ok) +\S", line)]
     assert len(told) == len(FAILURES) * len(CONTENDERS)
-    assert all(re.search(r": (FAIL|ok), .", line) for line in told)
+    assert [failure.title in lines for failure in FAILURES] == [True] * len(FAILURES)
     assert all(character.isprintable() for line in lines for character in line)
 
 
@@ -237,7 +237,7 @@ def test_nothing_is_left_when_it_is_interrupted(
         said = ""
         for line in process.stderr:
             said += line
-            if line.startswith("3/21"):  # PidPool has all its turns before it
+            if "QueuePool + dispose" in line:  # PidPool has all its turns before it
                 break
         pid = server_pid(said)
         assert psutil.pid_exists(pid)
@@ -257,7 +257,7 @@ def test_ctrl_c_drops_the_tables_on_a_server_of_ones_own(own: str, environment: 
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("3/21"):
+            if "QueuePool + dispose" in line:
                 break
         deadline = time.monotonic() + 20
         while not tables(own):
@@ -276,7 +276,7 @@ def test_nothing_is_left_when_its_terminal_is_closed(environment: dict[str, str]
         os.execve(COMMAND[0], [*COMMAND, "--iterations", "500"], environment)
     seen = b""
     deadline = time.monotonic() + 60
-    while b"3/21" not in seen:
+    while b"dispose  FAIL" not in seen:
         assert select.select([terminal], [], [], deadline - time.monotonic())[0], seen
         seen += os.read(terminal, 65536)
     assert b"\x1b[" in seen  # the bar
@@ -371,7 +371,7 @@ def unharmed() -> measuring.Results:
         "replaced_session": {"tls": True, "iterations": 4, "done": 4, "error": None},
         "dropped_session": commits,
         "forked_in_c": {**commits, "children_failed": 0},
-        "orphaned_lock": {"tls": True, "seconds": 0.01, "until_child_ended": False, "child_seconds": 1.5},
+        "orphaned_lock": {"tls": True, "seconds": 0.01, "until_child_ended": False},
         "forked_with_threads": {
             "tls": True,
             "forks": 4,

@@ -19,8 +19,7 @@ With ``--json`` standard output is one document:
     * ``replaced_session``: ``iterations``, ``done``, ``error``
     * ``dropped_session``, ``forked_in_c``: ``commits``, ``commits_reported``, ``rows_present``,
       ``error``; for the latter ``children_failed`` too
-    * ``orphaned_lock``: ``seconds`` from the kill until the lock was free, ``until_child_ended``,
-      ``child_seconds``
+    * ``orphaned_lock``: ``seconds`` from the kill until the lock was free, ``until_child_ended``
     * ``forked_with_threads``: ``forks``, ``children_hung``, ``children_failed``,
       ``hung_after_seconds``, ``parent_errors``, ``error``
 
@@ -197,7 +196,7 @@ def _server_version(url: URL) -> str:
 
 
 class _Progress:
-    """A bar and one line for each result in a terminal, else the lines alone."""
+    """One line for each result, and in a terminal a bar below them."""
 
     def __init__(self, steps: int) -> None:
         from rich.console import Console
@@ -205,7 +204,7 @@ class _Progress:
 
         self._console: Console = Console(stderr=True, highlight=False)
         self._done = 0
-        self._steps = steps
+        self._title = ""
         self._bar: Progress | None = None
         if sys.stderr.isatty() and not self._console.is_dumb_terminal:
             self._bar = Progress(
@@ -213,6 +212,7 @@ class _Progress:
                 TimeElapsedColumn(),
                 TextColumn("{task.description}"),
                 console=self._console,
+                refresh_per_second=5,
                 transient=True,
             )
             self._task = self._bar.add_task("", total=steps)
@@ -236,13 +236,14 @@ class _Progress:
 
     def tell(self, title: str, contender: str, verdict: Verdict | None) -> None:
         """Tell of a measurement before and after it."""
-        if verdict is None:
-            if self._bar is not None or not contender:
-                self.say(f"{title}: {contender}" if contender else title)
-            return
-        self._done += 1
-        mark = "FAIL" if verdict.failed else "ok"
-        self._print(f"{self._done}/{self._steps} {title}: {contender}: {mark}, {verdict.text}")
+        if title != self._title:
+            self._title = title
+            self._print(title)
+        if verdict is not None:
+            self._done += 1
+            self._print(f"  {contender:<20} {'FAIL' if verdict.failed else 'ok':<4} {verdict.text}")
+        elif self._bar is not None:
+            self._bar.update(self._task, description=contender, completed=self._done)
 
     def _print(self, line: str) -> None:
         if self._bar is None:

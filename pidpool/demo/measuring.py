@@ -128,7 +128,7 @@ def measure_all(
             if log is not None and results.complaints is not None:
                 results.complaints[key] = log.complaints(mark)
             tell(failure.title, contender.title, results.verdict(failure, contender))
-    tell("SELECT 1 with each pool", "", None)
+    tell("SELECT 1 with each pool in turn", "", None)
     results.speed = _measure("speed", PIDPOOL, url, iterations)
     return results
 
