@@ -19,9 +19,11 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
+from pidpool.cli import demo
 from pidpool.demo import failures, measuring, verdicts
 from pidpool.demo.contenders import BY_KEY, CONTENDERS, PIDPOOL
 from pidpool.demo.verdicts import FAILURES
@@ -244,7 +246,8 @@ def test_nothing_is_left_when_it_is_interrupted(
         process.send_signal(number)
         assert process.wait(40) == status
         assert "Traceback" not in process.stderr.read()
-    assert_nothing_is_left_of(environment, pid)
+    # Killed, it can't clean up: the children's own timers and the server's supervisor do.
+    assert_nothing_is_left_of(environment, pid, seconds=20.0 if number == signal.SIGKILL else 3.0)
 
 
 @pytest.mark.usefixtures("default_signals")
@@ -299,14 +302,11 @@ def test_a_measurement_that_does_not_end_is_ended_with_all_its_children(
     postgres: EmbeddedPostgres, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(MARK, environment[MARK])
-    monkeypatch.setattr(measuring, "_BASE_SECONDS", -199.0 + 1.5)
-    queuepool = CONTENDERS[0]
-    measured = measuring._measure(
-        "forked_with_threads", queuepool, make_url(postgres.url(tls=True)), iterations=199
-    )
+    request = {"failure": "forked_with_threads", "contender": "queuepool", "url": postgres.url(tls=True)}
+    measured = measuring._run_worker({**request, "table": "", "iterations": 1000, "seconds": 2.0})
     assert measured["broken"] == "not over after 2 s"
     monkeypatch.delenv(MARK)
-    assert_nothing_is_left_of(environment)
+    assert_nothing_is_left_of(environment, seconds=2.0)  # sooner than the children's own timers
     verdict = FAILURES[0].verdict(measured)
     assert verdict.failed
     assert verdict.text == "not over after 2 s"
@@ -362,6 +362,40 @@ def test_what_others_survive_is_told_and_no_failure_of_pidpools() -> None:
     assert ("forked_with_threads", "queuepool") in told
     assert ("forked_with_threads", "dispose") not in told  # recreate() makes new locks
     assert results.clean
+
+
+@pytest.mark.parametrize("json_wanted", [False, True])
+def test_a_failure_of_pidpools_is_exit_status_1_and_named(
+    json_wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = unharmed()
+    results.measured["orphaned_lock", "pidpool"] = {"broken": "not over after 61 s", "stderr": ""}
+    results.speed = {"broken": "not over after 61 s", "stderr": ""}
+    monkeypatch.setattr(demo, "_measure", lambda *_: (results, {"version": "17.10", "embedded": True}))
+    monkeypatch.setenv("COLUMNS", "80")
+    done = CliRunner().invoke(demo.command, ["--json"] if json_wanted else [])
+    assert done.exit_code == 1
+    if json_wanted:
+        document = json.loads(done.stdout)
+        assert document["clean"] is False
+        (lock,) = [each for each in document["failures"] if each["name"] == "orphaned_lock"]
+        assert lock["contenders"]["pidpool"]["text"] == "not over after 61 s"
+    else:
+        assert "PidPool FAILED" in done.stdout
+        assert "could not be measured: not over after 61 s" in done.stdout
+        assert "QueuePool got through 'Child drops the" in " ".join(done.stdout.split())
+
+
+def test_where_its_own_server_can_not_run_it_points_to_database(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SystemExit) as left, demo._embedded(demo._Progress(1)):
+        pass
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "needs Linux" in said
+    assert "--database" in said
 
 
 def unharmed() -> measuring.Results:

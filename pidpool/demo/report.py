@@ -100,6 +100,8 @@ def _words(results: Results, server: dict[str, Any], seconds: float) -> Iterator
             f"NullPool, the other documented way: {null / 1000:.2f} ms for a SELECT 1, "
             f"{null / ours:.0f} times PidPool's {ours / 1000:.2f} ms."
         )
+    else:
+        yield f"The time of a SELECT 1 could not be measured: {results.speed.get('broken')}."
     if results.complaints is not None:
         yield "Complaints: without those about the killed parent, which no pool could prevent."
     for failure, contender in results.unexpected():
