@@ -29,7 +29,7 @@ With ``--json`` standard output is one document:
     by contender the lines of the server's log that tell of harm, those about the killed parent left
     out; null with ``--database``.
 ``speed``
-    ``tls``, and ``microseconds``: the time of a ``SELECT 1`` by contender and for ``nullpool``.
+    ``tls``, and ``microseconds``: the median time of a ``SELECT 1`` by contender and for ``nullpool``.
 ``unexpected``
     a list of ``{"name", "contender"}``: what is known to fail and has not in this run.
 """

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import select
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -36,8 +37,8 @@ ORPHAN_SECONDS = 1.5
 _CHILD_SECONDS = 10.0
 _LOCK_SECONDS = 10
 _THREADS = 8
-_SPEED_SECONDS = 0.1
-_SPEED_ROUNDS = 4
+_SPEED_SECONDS = 0.02
+_SPEED_ROUNDS = 20
 
 Measured = dict[str, Any]
 
@@ -351,24 +352,24 @@ def forked_with_threads(arena: Arena) -> Measured:
 
 def speed(arena: Arena) -> Measured:
     """Time ``SELECT 1``, checkout and return included, with each pool in turn; no fork."""
-    best: dict[str, float] = {}
-    tls = False
     contenders = (*CONTENDERS, NULLPOOL)
     engines = {contender.key: contender.engine(arena.url) for contender in contenders}
-    # In rounds, so that a busy moment of the machine does not hit one contender alone.
+    taken: dict[str, list[float]] = {key: [] for key in engines}
+    tls = False
+    # In many short rounds, so that a busy moment of the machine does not hit one contender alone.
     for _ in range(_SPEED_ROUNDS):
         for key, engine in engines.items():
-            count, start = 0, time.perf_counter()
-            while (taken := time.perf_counter() - start) < _SPEED_SECONDS:
+            end = time.perf_counter() + _SPEED_SECONDS
+            while (start := time.perf_counter()) < end:
                 with engine.connect() as connection:
                     connection.execute(text("select 1"))
-                    if count == 0:
-                        tls = _has_tls(connection.connection.dbapi_connection)
-                count += 1
-            best[key] = min(best.get(key, taken), taken / count)
+                taken[key].append(time.perf_counter() - start)
     for engine in engines.values():
+        with engine.connect() as connection:
+            tls = _has_tls(connection.connection.dbapi_connection)
         engine.dispose()
-    return {"tls": tls, "microseconds": {key: round(seconds * 1e6, 1) for key, seconds in best.items()}}
+    medians = {key: round(statistics.median(times) * 1e6, 1) for key, times in taken.items()}
+    return {"tls": tls, "microseconds": medians}
 
 
 MEASURES: dict[str, Callable[[Arena], Measured]] = {
