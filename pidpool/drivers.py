@@ -42,13 +42,33 @@ class Driver:
             if getattr(connection, name) != value:
                 setattr(connection, name, value)
 
+    def max_connections(self, connection: Any) -> int | None:
+        """Ask the server how many connections it takes; None where that is not known how.
+
+        The one method here that sends something: for a new connection of this process's own.
+        """
+        return None
+
     def error_arguments(self, message: str) -> tuple[object, ...]:
         """Return the arguments by which SQLAlchemy's dialect recognises a disconnect."""
         return (message,)
 
 
-class _Psycopg2(Driver):
-    # All five are plain reads of the connection's struct or of libpq's PGconn. The setters of the
+class _PostgreSQL(Driver):
+    def max_connections(self, connection: Any) -> int | None:
+        if self.in_transaction(connection) is not False:
+            return None
+        cursor = connection.cursor()
+        try:
+            cursor.execute("show max_connections")
+            return int(cursor.fetchone()[0])
+        finally:
+            cursor.close()
+            connection.rollback()
+
+
+class _Psycopg2(_PostgreSQL):
+    # All are plain reads of the connection's struct or of libpq's PGconn. The setters of the
     # settings are local too, and refused while a transaction is open.
     def server_pid(self, connection: Any) -> int | None:
         return int(connection.get_backend_pid())
@@ -69,7 +89,7 @@ class _Psycopg2(Driver):
         }
 
 
-class _Psycopg(Driver):
+class _Psycopg(_PostgreSQL):
     def server_pid(self, connection: Any) -> int | None:
         return int(connection.pgconn.backend_pid)
 

@@ -37,6 +37,7 @@ class PidRecord(_ConnectionRecord):
         "inherited",
         "closed_reason",
         "checkout_told",
+        "out_since",
         "row",
         "slot_number",
         "slot",
@@ -46,6 +47,8 @@ class PidRecord(_ConnectionRecord):
     inherited: bool
     closed_reason: ClosedReason
     checkout_told: Checkout | None
+    out_since: int
+    """`time.perf_counter_ns()` of the checkout; 0 while it is idle."""
     row: rows.Row
     slot_number: int
     slot: memoryview
@@ -56,6 +59,7 @@ class PidRecord(_ConnectionRecord):
         self.inherited = False
         self.closed_reason = "recycled"
         self.checkout_told = None
+        self.out_since = 0
         self.row = row = pool._telemetry.row
         self.slot_number, self.slot = row.take_slot(self)
         super().__init__(pool, connect)
@@ -67,7 +71,7 @@ class PidRecord(_ConnectionRecord):
         """Note, in a child, that this entry is the parent's, and so are the words where it counts."""
         self.inherited = True
         self.slot = rows.SCRATCH
-        self.slot_number = 0
+        self.slot_number = self.out_since = 0
         self.checkout_told = None
 
     def hold(self, holding: Holding) -> None:
