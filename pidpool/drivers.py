@@ -42,10 +42,6 @@ class Driver:
             if getattr(connection, name) != value:
                 setattr(connection, name, value)
 
-    def error_arguments(self, message: str) -> tuple[object, ...]:
-        """Return the arguments by which SQLAlchemy's dialect recognises a disconnect."""
-        return (message,)
-
 
 class _Psycopg2(Driver):
     # All five are plain reads of the connection's struct or of libpq's PGconn. The setters of the
@@ -88,10 +84,6 @@ class _Psycopg(Driver):
 
 
 class _MySQL(Driver):
-    # SQLAlchemy's MySQL dialects know a disconnect by its number; 2006 is CR_SERVER_GONE_ERROR.
-    def error_arguments(self, message: str) -> tuple[object, ...]:
-        return (2006, message)
-
     def server_pid(self, connection: Any) -> int | None:
         return int(connection.thread_id())
 
