@@ -17,6 +17,7 @@ from pidpool import fork
 from pidpool.checkouts import Checkout
 from pidpool.fork import WIPED, flag
 from pidpool.inherited import DisownedConnection
+from pidpool.streams import StreamCursor
 
 if TYPE_CHECKING:
     from pidpool.ownership import Holding
@@ -166,7 +167,9 @@ class PidFairy(_ConnectionFairy):
         return super().driver_connection
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        return self.dbapi_connection.cursor(*args, **kwargs)
+        cursor = self.dbapi_connection.cursor(*args, **kwargs)
+        # Named, as psycopg2 and psycopg have it.
+        return StreamCursor(cursor) if (args and args[0]) or kwargs.get("name") else cursor
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
         if self._is_disowned():
