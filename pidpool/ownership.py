@@ -153,14 +153,16 @@ def tag_of(
     :return: None if `x` holds no connection now, being closed or invalidated.
     :raises TypeError: if `x` is none of these, or not of a `PidPool`.
     """
-    proxied: Any = getattr(x, "sync_connection", x)  # AsyncConnection
+    proxied: Any = x
+    if hasattr(x, "sync_connection"):  # AsyncConnection; None before it is started
+        proxied = x.sync_connection
+        if proxied is None:
+            return None
     if isinstance(proxied, Connection):
         # Not `.connection`: that reconnects after an invalidation.
         proxied = proxied._dbapi_connection
         if proxied is None:
             return None
-    if proxied is None:
-        return None
     try:
         holding: Holding | None = proxied.pidpool_holding
     except AttributeError:
