@@ -270,6 +270,17 @@ class DisownedConnection:
         now = self.pidpool_inheritance.replaced_by()
         return True if now is None else now.broken
 
+    @property
+    def _connection(self) -> Any:
+        """asyncpg's own connection: its dialect asks that whether it is closed, after every error."""
+        inheritance = self.pidpool_inheritance
+        if inheritance.replaced_by() is None and not inheritance.may_be_replaced():
+            return self
+        return inheritance.replacement()._connection
+
+    def is_closed(self) -> bool:
+        return bool(self.closed)
+
     def rollback(self) -> None:
         now = self.pidpool_inheritance.replaced_by()
         if now is not None:

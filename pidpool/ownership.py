@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.pool.base import _ConnectionFairy
 
 from pidpool import fork
 from pidpool.drivers import driver_of
@@ -62,7 +63,9 @@ class Holding:
         self._connection: weakref.ref[Any] | None
         try:
             self._connection = weakref.ref(connection, self._collected)
-        except TypeError:  # a driver whose connections can't be referred to weakly (pyodbc)
+        except (
+            TypeError
+        ):  # a driver whose connections can't be referred to weakly (pyodbc, SQLAlchemy's asyncio)
             self._connection = None
 
     def record(self) -> Any:
@@ -73,6 +76,10 @@ class Holding:
         """Return the driver's connection, or None if it was collected."""
         if self._connection is not None:
             return self._connection()
+        # By what holds it, past the checks of a detached fairy: a child may ask while it adopts.
+        if self.detached is not None:
+            fairy = self.detached()
+            return None if fairy is None else _ConnectionFairy.__dict__["dbapi_connection"].__get__(fairy)
         record = self._record()
         return None if record is None else record.dbapi_connection
 

@@ -25,8 +25,8 @@ class StreamCursor:
     def __init__(self, cursor: Any) -> None:
         object.__setattr__(self, "_cursor", cursor)
 
-    @property  # psycopg2.sql asks isinstance(), and so may others
-    def __class__(self) -> Any:
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # psycopg2.sql asks isinstance()
         return type(self._cursor)
 
     def __getattr__(self, name: str) -> Any:
