@@ -92,10 +92,7 @@ def test_a_reused_descriptor_is_left_alone(engine: Engine, tmp_path: Path, what:
         fd = parent.fd
         os.close(fd)
         ours, other = socket.socketpair()
-        if what == "file":
-            new = os.open(tmp_path / "reused", os.O_RDWR | os.O_CREAT)
-        else:
-            new = ours.detach()
+        new = os.open(tmp_path / "reused", os.O_RDWR | os.O_CREAT) if what == "file" else ours.detach()
         if what != "nothing":
             assert new == fd or os.dup2(new, fd) == fd
             before = identity(fd)
@@ -103,7 +100,7 @@ def test_a_reused_descriptor_is_left_alone(engine: Engine, tmp_path: Path, what:
             os.close(fd)
         raises_foreign(parent.connection)
         if what == "nothing":
-            with pytest.raises(OSError):
+            with pytest.raises(OSError, match="Bad file descriptor"):
                 os.fstat(fd)
         else:
             assert identity(fd) == before
@@ -208,6 +205,18 @@ def test_severing_goes_on_after_a_daemon_closed_all_descriptors(engine: Engine, 
     parent.notices_nothing()
 
 
+def all_descriptors() -> list[int]:
+    """Take every free descriptor of this process."""
+    taken = []
+    while True:
+        try:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            return taken
+
+
 @contextmanager
 def few_descriptors(left: int) -> Iterator[None]:
     """Leave this process, and what it forks, so many free descriptors."""
@@ -215,9 +224,7 @@ def few_descriptors(left: int) -> Iterator[None]:
     taken = [os.open(os.devnull, os.O_RDONLY)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 10, hard))
     try:
-        with pytest.raises(OSError, match="Too many open files"):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
+        taken.extend(all_descriptors())
         for _ in range(left):
             os.close(taken.pop())
         yield
@@ -234,10 +241,7 @@ def test_a_child_without_a_free_descriptor_severs_all_the_same(engine: Engine, h
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def child() -> None:
-        with pytest.raises(OSError) as caught:
-            while True:
-                os.open(os.devnull, os.O_RDONLY)
-        assert caught.value.errno == errno.EMFILE
+        all_descriptors()
         raises_foreign(parent.connection)
         assert is_severed(parent.tag)
         parent.connection.rollback()
