@@ -17,6 +17,7 @@ from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, _finalize_
 from pidpool import fork, rows
 from pidpool.fork import WIPED, flag
 from pidpool.inherited import DisownedConnection
+from pidpool.streams import StreamCursor
 
 if TYPE_CHECKING:
     from pidpool.checkouts import Checkout
@@ -225,7 +226,9 @@ class PidFairy(_ConnectionFairy):
     # Not by __getattr__, which costs more.
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        return self.dbapi_connection.cursor(*args, **kwargs)
+        cursor = self.dbapi_connection.cursor(*args, **kwargs)
+        # Named, as psycopg2 and psycopg have it.
+        return StreamCursor(cursor) if (args and args[0]) or kwargs.get("name") else cursor
 
     def commit(self) -> None:
         self.dbapi_connection.commit()
