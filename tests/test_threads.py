@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -267,6 +268,40 @@ def test_a_connect_waits_until_a_fork_is_over(tls_url: str, make_engine: MakeEng
         finally:
             fork.gate.after_fork_in_parent()
     assert connected.is_set()
+
+
+@both_hows
+def test_a_fork_in_a_signal_handler_wherever_the_pool_is(
+    tls_url: str, make_engine: MakeEngine, how: How
+) -> None:
+    """The thread that forks may itself be in the middle of the pool, its locks held."""
+    engine = make_engine(tls_url, pool_size=1, max_overflow=0, pool_timeout=BOUND)
+    number = use(engine)
+    children: list[int] = []
+
+    def handle(signal_number: int, frame: object) -> None:
+        children.append(run_in_child(use_and_leave, engine, how=how))
+        handled.set()
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    handled = threading.Event()
+
+    def interrupt(_: int) -> None:
+        for _ in range(20):
+            time.sleep(0.002)  # into whatever the other thread does by then
+            handled.clear()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert handled.wait(BOUND)
+
+    try:
+        with threads(1, interrupt):
+            deadline = time.monotonic() + BOUND
+            while len(children) < 20:
+                assert use(engine) == number
+                assert time.monotonic() < deadline
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(children) == len({number, *children}) - 1 == 20
 
 
 @both_hows
