@@ -383,12 +383,6 @@ class PidPool(QueuePool):
 
     # -- in a child
 
-    def _note_fork(self, noted: Fork | None) -> None:
-        """Count a fork, in the parent's at-fork hook; told of if there were connections."""
-        self._telemetry.row.add(rows.FORKS)
-        if noted is not None:
-            self._unreported.append(noted)
-
     def _start_from_zero(self, adoption: Adoption) -> None:
         """Replace everything that another thread may have held at the fork; runs in the at-fork hook."""
         for record in self.records():

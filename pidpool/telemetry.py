@@ -271,7 +271,7 @@ class Telemetry:
             self._pid = os.getpid()
             self._deferred = deque()
             self.row = self.family.join(parent_pid)
-        self.row.add_adoption(trigger)
+            self.row.add_adoption(trigger)
 
     def _write(self, level: str, event: str, fields: dict[str, object]) -> None:
         try:
