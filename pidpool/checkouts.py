@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Checkout(weakref.ref["PidFairy"]):
     """A weak reference to a checkout's `PidFairy`."""
 
-    __slots__ = ("record", "pool", "echo", "since", "due_at", "told", "place", "context", "__weakref__")
+    __slots__ = ("record", "pool", "echo", "since", "due_at", "told", "place", "to_tell", "__weakref__")
 
     record: PidRecord
     pool: PidPool
@@ -33,11 +33,13 @@ class Checkout(weakref.ref["PidFairy"]):
     since: float
     """`time.perf_counter()` when the connection was handed out."""
     due_at: float
-    """When it will have lasted for the pool's `hold_warning` seconds; never once that was told."""
+    """When it will have lasted for the pool's `hold_warning` seconds."""
     told: bool
     """Whether there was an event of the checkout, so that there is one of its end."""
     place: Place | None
-    context: Context | None
+    to_tell: list[Context] | None
+    """The context in which the checkout was made, for `checkout.overdue`. Popped by the one who tells
+    it, the watching thread or the one that returns the connection; None where nobody watches."""
 
     @classmethod
     def of(cls, fairy: PidFairy, record: PidRecord, pool: PidPool, echo: Any) -> Checkout:
@@ -49,7 +51,7 @@ class Checkout(weakref.ref["PidFairy"]):
         checkout.since = 0.0
         checkout.due_at = math.inf
         checkout.told = False
-        checkout.place = checkout.context = None
+        checkout.place = checkout.to_tell = None
         checkouts[id(checkout)] = checkout
         return checkout
 
@@ -60,37 +62,47 @@ class Checkout(weakref.ref["PidFairy"]):
     def go_on_as(self, other: Checkout) -> None:
         """Take over what is known of another checkout, whose connection this one has taken."""
         self.since, self.due_at, self.told = other.since, other.due_at, other.told
-        self.place, self.context = other.place, other.context
+        self.place, self.to_tell = other.place, other.to_tell
 
     def tell_overdue(self, now: float) -> None:
-        """Tell, in the context in which the checkout was made, that it has lasted for long."""
-        self.due_at = math.inf
-        hold_warning, holding = self.pool.hold_warning, self.record.pidpool_holding
-        if hold_warning is None or self.context is None:
-            return
-        self.context.copy().run(
-            self.pool._telemetry.checkout_overdue,
-            None if holding is None else holding.tag,
-            now - self.since,
-            hold_warning,
-            None if self.place is None else str(self.place),
-        )
+        """Tell, unless that was done, that the checkout has lasted for `hold_warning` seconds."""
+        context = self._claim()
+        if context is not None:
+            self._tell_overdue(context, now - self.since)
 
     def tell_return(self) -> None:
         """Tell that the checkout is over. Before the connection is returned: whoever gets it next
         tells of that afterwards."""
-        hold_warning = self.pool.hold_warning
+        hold_warning = None if self.to_tell is None else self.pool.hold_warning
         if not self.told and hold_warning is None:
             return
+        context = self._claim()
+        # Read after the claim: where the thread was first, this has lasted for `hold_warning` seconds.
         use_time = time.perf_counter() - self.since
         holding = self.record.pidpool_holding
         if self.told and holding is not None:
             self.pool._telemetry.connection_checked_in(holding.tag, use_time)
-        if hold_warning is not None and use_time > hold_warning and self.place is not None:
-            self.due_at = math.inf
+        if hold_warning is not None and use_time >= hold_warning:
+            if context is not None:  # the thread has not come round to it
+                self._tell_overdue(context, use_time)
             self.pool._telemetry.checkout_returned_late(
-                None if holding is None else holding.tag, use_time, hold_warning, str(self.place)
+                None if holding is None else holding.tag, use_time, hold_warning, self._where()
             )
+
+    def _claim(self) -> Context | None:
+        try:
+            return self.to_tell.pop() if self.to_tell else None
+        except IndexError:
+            return None
+
+    def _tell_overdue(self, context: Context, held: float) -> None:
+        hold_warning, holding = self.pool.hold_warning, self.record.pidpool_holding
+        assert hold_warning is not None
+        tag = None if holding is None else holding.tag
+        context.run(self.pool._telemetry.checkout_overdue, tag, held, hold_warning, self._where())
+
+    def _where(self) -> str | None:
+        return None if self.place is None else str(self.place)
 
 
 checkouts: dict[int, Checkout] = {}
