@@ -57,7 +57,8 @@ class PidPool(QueuePool):
     :param hold_warning: seconds; a checkout that lasts longer logs ``checkout.overdue`` once, with the
         line of code that made it, and ``checkout.returned_late`` when it ends. None: no such watch,
         and nothing is paid for it. Else a daemon thread watches, started with the first checkout.
-    :param logger: a structlog logger for the pool's events instead of ``structlog.get_logger("pidpool")``.
+    :param logger: a structlog or stdlib logger for the pool's events instead of structlog's own, or, where
+        that is not configured, of ``logging.getLogger("pidpool")``.
     :raises ValueError: if an option has a value that it does not take.
     :raises TypeError: if an option has a value of the wrong type.
     """
