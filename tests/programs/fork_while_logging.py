@@ -115,6 +115,7 @@ def main(url: str, writer: str, how: How, forks: int) -> None:
 def keep_logging(log: Any, ended: threading.Event) -> None:
     while not ended.is_set():
         log.info("a line of the application's")
+        time.sleep(0)  # lets go of the GIL, where the writer doesn't
 
 
 if __name__ == "__main__":
