@@ -28,7 +28,7 @@ from pidpool import writers
 from pidpool.embedded import EmbeddedPostgres
 
 SOAK = os.environ.get("PIDPOOL_SOAK") == "1"
-FORKS = {"python": 2000 if SOAK else 100, "c with child hooks": 2000 if SOAK else 30}
+FORKS = {"python": 2000 if SOAK else 40, "c with child hooks": 2000 if SOAK else 10}
 HOWS: list[How] = ["python", "c", "c with child hooks"]
 
 TESTS = Path(__file__).parent

@@ -74,7 +74,7 @@ WRITERS: dict[str, Callable[[IO[str]], Any]] = {
 def main(url: str, writer: str, how: How, forks: int) -> None:
     # In Python: more forks in the middle of something. In C: threads change at their writes only, since a
     # child can't hand the GIL to a thread that it does not have.
-    sys.setswitchinterval(0.0005 if how == "python" else 10)
+    sys.setswitchinterval(0.0005 if how == "python" else 1)
     with tempfile.TemporaryDirectory() as directory, open(f"{directory}/log", "a") as file:
         log = WRITERS[writer](file)  # type: ignore[arg-type]
         engine = create_engine(url, poolclass=PidPool)
@@ -115,7 +115,6 @@ def main(url: str, writer: str, how: How, forks: int) -> None:
 def keep_logging(log: Any, ended: threading.Event) -> None:
     while not ended.is_set():
         log.info("a line of the application's")
-        time.sleep(0)  # lets go of the GIL, where the writer doesn't
 
 
 if __name__ == "__main__":
