@@ -19,7 +19,7 @@ from pidpool.stats import BOUNDS
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from pidpool.endpoint.families import Source
+    from pidpool.sources import Source
 
     Scope: TypeAlias = "MutableMapping[str, Any]"
     Receive: TypeAlias = "Callable[[], Awaitable[MutableMapping[str, Any]]]"

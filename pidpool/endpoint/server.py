@@ -18,7 +18,7 @@ from pidpool.endpoint import http1
 from pidpool.endpoint.app import StatsApp
 
 if TYPE_CHECKING:
-    from pidpool.endpoint.families import Source
+    from pidpool.sources import Source
 
 PORT = 9432
 """The port that `serve_stats` takes where none is named."""
