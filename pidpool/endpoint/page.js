@@ -14,11 +14,15 @@ const short = new Intl.NumberFormat("en", { notation: "compact", maximumFraction
 // -- the token: from the fragment, which browsers send to no server, or from the form
 
 const TOKEN = `pidpool-token ${location.pathname}`;
-const fragment = new URLSearchParams(location.hash.slice(1)).get("token");
-if (fragment) {
-  sessionStorage.setItem(TOKEN, fragment);
+function takeTokenFromFragment() {
+  const token = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (!token) return false;
+  sessionStorage.setItem(TOKEN, token);
   history.replaceState(null, "", location.pathname + location.search);
+  return true;
 }
+takeTokenFromFragment();
+window.addEventListener("hashchange", () => takeTokenFromFragment() && ask());
 
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
