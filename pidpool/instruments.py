@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from pidpool import inherited
+from pidpool.fork import Trigger
 from pidpool.stats import FamilyStats, Histogram, PoolStats
-from pidpool.telemetry import ClosedReason, Trigger
+from pidpool.telemetry import ClosedReason
 
 POOL_NAME = "db.client.connection.pool.name"
 

@@ -8,16 +8,21 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import quote
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
 import httpx
 import pytest
+from conftest import MakeEngine
 from families import family, process, small_family, telling
 from forking import How, run_in_child
-from sqlalchemy import create_engine
+from parent import server_pid
+from sqlalchemy import create_engine, text
 from sqlalchemy.pool import QueuePool
 
 from pidpool import AsyncPidPool, PidPool, StatsApp
@@ -173,6 +178,60 @@ def test_importing_pidpool_imports_no_http() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_asking_opens_no_connection_and_waits_for_none(
+    make_engine: MakeEngine, tls_url: str, clean_log: None
+) -> None:
+    engine = make_engine(tls_url, pool_size=1, max_overflow=0, pool_timeout=60)
+    app = StatsApp(engine)
+    assert json.loads(ask(app, "/stats.json").text)["pools"][0]["counters"]["opened"] == 0
+    with engine.connect() as connection:  # the only one there may be
+        own = server_pid(connection)
+        waiting = threading.Thread(target=lambda: engine.connect().close())
+        waiting.start()
+        try:
+            deadline = time.monotonic() + 20
+            while not (family := json.loads(ask(app, "/stats.json").text)["pools"][0])["waiting"]:
+                assert time.monotonic() < deadline
+            for path in PATHS:
+                ask(app, path)
+            assert (family["used"], family["idle"], family["waiting"]) == (1, 0, 1)
+            assert "db_client_connection_pending_requests" in ask(app, "/metrics").text
+            assert server_pid(connection) == own
+        finally:
+            connection.close()
+            waiting.join(20)
+    counters = json.loads(ask(app, "/stats.json").text)["pools"][0]["counters"]
+    assert (counters["opened"], counters["checkouts"], counters["checkins"]) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("how", ["python", "c"])
+def test_parent_and_child_tell_the_same_of_both(
+    make_engine: MakeEngine, tls_url: str, clean_log: None, how: How
+) -> None:
+    engine = make_engine(tls_url)
+    app = StatsApp(engine)
+
+    def told() -> Any:
+        (family,) = json.loads(ask(app, "/stats.json").text)["pools"]
+        return [
+            (each["pid"], each["parent_pid"], each["counters"]["checkouts"]) for each in family["processes"]
+        ]
+
+    def in_child() -> Any:
+        with engine.connect() as connection:
+            server_pid(connection)
+        engine.dispose()
+        return os.getpid(), told(), ask(app, "/metrics").status
+
+    with engine.connect() as mine:
+        own, transaction = server_pid(mine), mine.execute(text("select txid_current()")).scalar_one()
+        child, child_told, status = run_in_child(in_child, how=how)
+        assert child_told == told() == [(os.getpid(), None, 1), (child, os.getpid(), 1)]
+        assert status == 200
+        assert server_pid(mine) == own
+        assert mine.execute(text("select txid_current()")).scalar_one() == transaction
+
+
 # -- who is told of
 
 
@@ -312,7 +371,10 @@ def is_mounted(client: Any, prefix: str) -> None:
     assert client.get(f"{prefix}/elsewhere").status_code == 404
     bare = client.get(prefix)
     assert bare.status_code in (307, 308)
-    assert httpx.URL(f"http://localhost{prefix}").join(bare.headers["location"]).path == f"{prefix}/"
+    assert (
+        httpx.URL(f"http://localhost{prefix}").join(bare.headers["location"]).raw_path.decode()
+        == f"{prefix}/"
+    )
     assert client.get("/own").text == "the application's own"
     assert client.get(f"{prefix}x").status_code in (200, 404)  # not ours
 
@@ -344,6 +406,13 @@ def test_mounted_beside_any_wsgi_application(app: StatsApp, prefix: str) -> None
         app.mount(other, "pidpool")
     with pytest.raises(ValueError, match="prefix"):
         app.mount(other, "/")
+
+
+def test_a_prefix_may_have_any_letters(app: StatsApp) -> None:
+    in_wsgi = "/größe".encode().decode("latin-1")
+    mounted = app.mount(other, "/größe")
+    assert ask(mounted, f"{in_wsgi}/healthz").text == "ok\n"
+    assert ask(mounted, in_wsgi).headers["location"] == f"./{quote('größe')}/"
 
 
 def test_mounted_in_flask(app: StatsApp) -> None:

@@ -50,9 +50,11 @@ class StatsApp:
     ``/healthz``     ``ok``, to whoever asks: neither host nor token is checked
     ========== =============================================================================
 
-    Every process of a family gives the same figures, those of all of them. An answer is read from
-    memory: it opens no connection, waits for none, and never raises. Only GET and HEAD are answered;
-    nothing can be changed. May be called in any thread, and in forked children.
+    Every process of a family gives the same figures, those of all of them. A family is what was forked
+    after the engine was made: workers that each make an engine of their own (gunicorn without
+    ``--preload``) are as many families, and each tells of itself alone. An answer is read from memory:
+    it opens no connection, waits for none, and never raises. Only GET and HEAD are answered; nothing can
+    be changed. May be called in any thread, and in forked children.
 
     :param sources: one or more engines, async engines or pools.
     :param token: the bearer token without which ``/stats.json`` and ``/metrics`` are refused. The
@@ -155,7 +157,7 @@ class StatsApp:
             Request(
                 method=environ["REQUEST_METHOD"],
                 path=environ.get("PATH_INFO", ""),
-                prefix=environ.get("SCRIPT_NAME", "").rstrip("/"),
+                prefix=environ.get("SCRIPT_NAME", "").rstrip("/").encode("latin-1").decode(errors="replace"),
                 host=environ.get("HTTP_HOST"),
                 authorization=environ.get("HTTP_AUTHORIZATION", ""),
                 accept=environ.get("HTTP_ACCEPT", ""),
@@ -173,6 +175,7 @@ class StatsApp:
         prefix = prefix.rstrip("/")
         if not prefix.startswith("/"):
             raise ValueError(f"prefix={prefix!r}: takes a path below the root, as '/pidpool'")
+        prefix = prefix.encode().decode("latin-1")  # as WSGI hands paths on
 
         def mounted(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
             path = environ.get("PATH_INFO", "")

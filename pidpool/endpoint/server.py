@@ -254,7 +254,7 @@ def _in_url(host: str) -> str:
 _servers: list[StatsServer] = []
 
 
-def _let_go_in_child(trigger: str, connects_in_flight: int) -> None:
+def _let_go_in_child(trigger: fork.Trigger, connects_in_flight: int) -> None:
     while _servers:
         _servers.pop()._let_go()
 
