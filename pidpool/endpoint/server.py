@@ -172,6 +172,10 @@ class StatsServer:
     def _drop(self, client: _Client) -> None:
         if self._clients.pop(client.socket, None) is not None:
             self._selector.unregister(client.socket)
+            try:
+                client.socket.shutdown(socket.SHUT_RDWR)  # a child forked a moment ago may have it too
+            except OSError:
+                pass
             client.socket.close()
 
 
@@ -200,8 +204,8 @@ class _Client:
         self._to_send = self._to_send[self.socket.send(self._to_send) :]
         if self._to_send:
             return selectors.EVENT_WRITE
-        # Ended by name, since a child forked a moment ago may have the socket too. Then read on until
-        # the client ends its side: closing on unread bytes would take the answer back from it.
+        # Then read on until the client ends its side: closing on unread bytes would take the answer
+        # back from it.
         self.socket.shutdown(socket.SHUT_WR)
         self._ended = True
         return selectors.EVENT_READ
