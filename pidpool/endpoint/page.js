@@ -74,6 +74,7 @@ async function ask() {
     asking = false;
   }
   showStatus(again);
+  // Nobody looks at a hidden page: the application is left in peace until it is looked at again.
   if (again && !paused && !document.hidden) {
     timer = setTimeout(ask, Math.min(SLOWEST, EVERY * 2 ** failures));
   }
@@ -110,10 +111,8 @@ $("pause").addEventListener("click", () => {
   }
 });
 
-// Nobody looks at a hidden page: the application is left in peace.
 document.addEventListener("visibilitychange", () => {
-  if (document.hidden) clearTimeout(timer);
-  else if (!paused) ask();
+  if (!document.hidden && !paused) ask();
 });
 
 $("ended").addEventListener("change", () => {
