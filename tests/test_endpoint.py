@@ -6,6 +6,7 @@ import asyncio
 import builtins
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -501,6 +502,43 @@ def test_asgi_alone_under_a_root_path(app: StatsApp) -> None:
         assert start["status"] == 200 and body["body"] == b"ok\n"
     start, body = asyncio.run(ask_asgi("/healthz", "", "HEAD"))
     assert body["body"] == b"" and (b"content-length", b"3") in start["headers"]
+
+
+UVICORN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import fastapi, uvicorn
+from families import small_family, telling
+from pidpool import StatsApp
+
+stats = StatsApp(telling(small_family()))
+own = fastapi.FastAPI()
+own.mount("/pidpool", stats.asgi)
+uvicorn.run(own if sys.argv[2] == "mounted" else stats.asgi, port=0, root_path="/behind/a/proxy")
+"""
+
+
+@pytest.mark.parametrize("how", ["mounted", "alone"])
+def test_served_by_uvicorn(how: str) -> None:
+    command = [sys.executable, "-c", UVICORN, os.path.dirname(__file__), how]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            said = ""
+            while not (running := re.search(r"running on (http://127\.0\.0\.1:\d+)", said)):
+                line = server.stderr.readline()
+                assert line, said
+                said += line
+            prefix = "/pidpool" if how == "mounted" else ""
+            with httpx.Client(base_url=running[1] + prefix, timeout=20) as client:
+                assert client.get("/").text.startswith("<!doctype html>")
+                assert client.get("/stats.json").json()["answered_by"] == server.pid
+                assert client.head("/metrics").headers["content-length"] != "0"
+                assert client.post("/metrics").status_code == 405
+        finally:
+            server.terminate()
+            rest = server.stderr.read()
+    assert "Application shutdown complete" in rest and "Error" not in said + rest
 
 
 def test_asgi_takes_part_in_a_server_s_life_and_refuses_websockets(app: StatsApp) -> None:

@@ -1,17 +1,18 @@
-"""`StatsApp`: what the endpoint answers to which request, as a WSGI and an ASGI application."""
+"""`StatsApp`: what the endpoint answers to which request, as a WSGI application; for ASGI see asgi.py."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from importlib import resources
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from pidpool.endpoint.answers import Answer, Request
+from pidpool.endpoint.asgi import AsgiApp
 from pidpool.endpoint.families import Families
 from pidpool.endpoint.guards import HostGuard, TokenGuard
 from pidpool.stats import BOUNDS
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
     from pidpool.sources import Source
-
-    Scope: TypeAlias = "MutableMapping[str, Any]"
-    Receive: TypeAlias = "Callable[[], Awaitable[MutableMapping[str, Any]]]"
-    Send: TypeAlias = "Callable[[MutableMapping[str, Any]], Awaitable[None]]"
 
 _PAGE = {
     "/": ("page.html", "text/html; charset=utf-8"),
@@ -85,6 +82,7 @@ class StatsApp:
             self._expose = None
         else:
             self._expose = expose
+        self.asgi = AsgiApp(self.answer)
 
     # -- what is answered
 
@@ -186,43 +184,3 @@ class StatsApp:
             return self(below, start_response)
 
         return mounted
-
-    # -- ASGI
-
-    async def asgi(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, as an ASGI 3 application does."""
-        if scope["type"] == "lifespan":
-            await _live(receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-        else:
-            answer = self.answer(_from_scope(scope))
-            headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in answer.headers]
-            await send({"type": "http.response.start", "status": answer.status.value, "headers": headers})
-            body = b"" if scope["method"] == "HEAD" else answer.body
-            await send({"type": "http.response.body", "body": body})
-
-
-def _from_scope(scope: Mapping[str, Any]) -> Request:
-    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-    path, prefix = scope["path"], scope.get("root_path", "").rstrip("/")
-    # The path has the prefix in it, if the server and the framework are not too old.
-    if prefix and (path == prefix or path.startswith(f"{prefix}/")):
-        path = path[len(prefix) :]
-    return Request(
-        method=scope["method"],
-        path=path,
-        prefix=prefix,
-        host=headers.get("host"),
-        authorization=headers.get("authorization", ""),
-        accept=headers.get("accept", ""),
-    )
-
-
-async def _live(receive: Receive, send: Send) -> None:
-    """Take part in a server's starting and stopping: there is nothing to do."""
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
