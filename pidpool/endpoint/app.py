@@ -91,7 +91,7 @@ class StatsApp:
         try:
             return self._answer(request)
         except Exception as error:
-            _log.exception("the stats endpoint could not answer %s", request.path)
+            _log.exception("the stats endpoint could not answer %r", request.path)
             return Answer.text(
                 HTTPStatus.INTERNAL_SERVER_ERROR,
                 f"The stats could not be read ({type(error).__name__}); the log of pid {os.getpid()} has "
