@@ -260,6 +260,7 @@ class PidFairy(_ConnectionFairy):
             if holding is not None:
                 holding.detached = weakref.ref(self)
             record.hold_none()
+            record.checkout_told = None  # a detached connection is no longer a checkout of the pool's
         super().detach()
 
     def _checkin(self, transaction_was_reset: bool = False) -> None:

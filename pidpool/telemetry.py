@@ -77,13 +77,7 @@ class Telemetry:
         self._emit("info", "connection.opened", tag, create_time=round(create_time, 6))
         over = self.family.exceeds_server(self.pool)
         if over is not None:
-            self._emit(
-                "warning",
-                "family.over_maximum",
-                processes=over.alive,
-                maximum=over.maximum,
-                server_max_connections=over.server_max_connections,
-            )
+            self.pool_over_maximum(over.alive, over.maximum, over.server_max_connections)
 
     def connection_checked_out(self, tag: ConnectionTag, wait_time: float) -> None:
         """A checkout succeeded; `wait_time` in seconds, with pre-ping and connecting where needed.
@@ -208,6 +202,18 @@ class Telemetry:
     def pool_disposed(self, closed: int, checked_out: int) -> None:
         """The pool was disposed of: so many idle connections closed, so many still checked out."""
         self._emit("info", "pool.disposed", closed=closed, checked_out=checked_out)
+
+    def pool_over_maximum(
+        self, processes: int, maximum: int | None, server_max_connections: int | None
+    ) -> None:
+        """The family's processes may have more connections than their server takes; told once."""
+        self._emit(
+            "warning",
+            "pool.over_maximum",
+            processes=processes,
+            maximum=maximum,
+            server_max_connections=server_max_connections,
+        )
 
     # -- how it is told
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeEngine
+from events import Events
 from forking import How, fork, run_in_child
 from sqlalchemy import text
 
@@ -447,31 +448,24 @@ def test_a_family_in_a_storm() -> None:
 
 
 def test_more_than_the_server_takes_is_told_once(tls_url: str, make_engine: MakeEngine) -> None:
-    told: list[tuple[str, dict[str, Any]]] = []
-
-    class Logger:
-        def __getattr__(self, level: str) -> Callable[..., None]:
-            return lambda event, **fields: told.append((level, {"event": event, **fields}))
-
-    engine = make_engine(tls_url, pool_size=100, max_overflow=100, logger=Logger())
+    events = Events()
+    engine = make_engine(tls_url, pool_size=100, max_overflow=100, logger=events.logger)
     with engine.connect() as connection:
         limit = int(connection.execute(text("show max_connections")).scalar_one())
     assert engine.pool.family_stats().server_max_connections == limit == 300  # type: ignore[attr-defined]
 
-    def child() -> list[tuple[str, dict[str, Any]]]:
-        del told[:]
+    def child() -> list[dict[str, Any]]:
+        events.clear()
         for _ in range(2):
             with engine.connect():
                 pass
         engine.dispose()
-        return [each for each in told if each[1]["event"] == "family.over_maximum"]
+        return events.of("pool.over_maximum")
 
     (event,) = run_in_child(child)
-    assert event[0] == "warning"
-    assert event[1]["maximum"] == 400 and event[1]["server_max_connections"] == 300
-    assert event[1]["processes"] == 2
+    assert event["level"] == "warning" and event["processes"] == 2
+    assert event["maximum"] == 400 and event["server_max_connections"] == 300
     assert run_in_child(child) == []
-    engine.dispose()
 
 
 def test_counters_add_up() -> None:

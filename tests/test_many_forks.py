@@ -15,7 +15,6 @@ from parent import Parent
 from sqlalchemy import text
 
 from pidpool import PidPool, ownership
-from pidpool.checkouts import checkouts
 
 FORKS = int(os.environ.get("PIDPOOL_FORKS", "1000"))
 A_CHILD_USES = 50  # one child in so many opens a connection of its own
@@ -69,7 +68,7 @@ def test_nothing_of_many_forks_stays_in_the_parent(tls_url: str, make_engine: Ma
     for _ in range(20):  # caches fill
         fork_and_wait(how, use if how == "python" else lambda: None)
     settle()
-    before = (descriptors(), len(ownership.register), len(checkouts))
+    before = (descriptors(), len(ownership.register), len(pool.records()))
     rss = resident()
     tracemalloc.start()
     try:
@@ -83,7 +82,7 @@ def test_nothing_of_many_forks_stays_in_the_parent(tls_url: str, make_engine: Ma
         grown = tracemalloc.get_traced_memory()[0] - traced
     finally:
         tracemalloc.stop()
-    assert (descriptors(), len(ownership.register), len(checkouts)) == before
+    assert (descriptors(), len(ownership.register), len(pool.records())) == before
     assert grown < GROWTH
     # 2 MB for what the allocator rounds up, whatever the number of forks.
     assert resident() - rss < 2 * 1024 * 1024

@@ -20,7 +20,6 @@ from parent import Parent
 from sqlalchemy import Connection, Engine, text
 
 from pidpool import fork, overdue, tag_of
-from pidpool.checkouts import checkouts
 
 SHORT = 0.05
 
@@ -87,7 +86,7 @@ def test_who_returns_it_tells_where_the_thread_has_not_come_round_to_it(
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
     with structlog.contextvars.bound_contextvars(request_id="r-1"):
         connection = engine.connect()
-    connection.connection._finalizer.since -= 61  # type: ignore[attr-defined]
+    connection.connection._connection_record.checkout_told.since -= 61  # type: ignore[attr-defined]
     connection.close()
     late = [event for event in events.all if event["event"].startswith("checkout.")]
     assert [event["event"] for event in late] == ["checkout.overdue", "checkout.returned_late"]
@@ -98,7 +97,7 @@ def test_of_two_that_would_tell_one_does(tls_url: str, make_engine: MakeEngine, 
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
     for _ in range(50):
         connection = engine.connect()
-        checkout = connection.connection._finalizer  # type: ignore[attr-defined]
+        checkout = connection.connection._connection_record.checkout_told  # type: ignore[attr-defined]
         checkout.since -= 61
         barrier = threading.Barrier(2)
 
@@ -144,7 +143,7 @@ def test_however_it_ends_it_is_watched_no_longer(
     _wait_for(events, "checkout.overdue")
     end(engine, connections)
     assert len(events.of("checkout.returned_late")) == late
-    assert not [checkout for checkout in checkouts.values() if checkout.pool is engine.pool]
+    assert not [record for record in engine.pool.records() if record.checkout_told]  # type: ignore[attr-defined]
 
 
 def test_a_shorter_hold_warning_wakes_the_thread(

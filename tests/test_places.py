@@ -27,7 +27,7 @@ def here(back: int = 0) -> str:
 
 
 def place_of(fairy: Any) -> str:
-    return str(fairy._finalizer.place)
+    return str(fairy._connection_record.checkout_told.place)
 
 
 def _connect(engine: Engine) -> tuple[str, str]:
@@ -108,7 +108,7 @@ def test_nothing_is_looked_up_without_hold_warning(
 
     monkeypatch.setattr(places, "caller", caller)
     fairy = make_engine(tls_url).raw_connection()
-    assert fairy._finalizer.place is None  # type: ignore[attr-defined]
+    assert fairy._connection_record.checkout_told is None  # type: ignore[attr-defined]
     fairy.close()
 
 
