@@ -11,15 +11,15 @@ import time
 import weakref
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pidpool import fork, inherited, ownership
-from pidpool.checkouts import Checkout, checkouts
 from pidpool.inherited import DisownedConnection, Inheritance
 from pidpool.ownership import ConnectionTag, Holding
-from pidpool.proxied import PidFairy, PidRecord, fairy_connection, record_connection
+from pidpool.proxied import PidFairy, PidRecord
 
 if TYPE_CHECKING:
+    from pidpool.fork import Trigger
     from pidpool.places import Place
     from pidpool.pool import PidPool
 
@@ -40,7 +40,7 @@ class Fork:
 class Adoption:
     """What a child found when it took a pool over."""
 
-    def __init__(self, parent_pid: int, trigger: str, connects_in_flight: int) -> None:
+    def __init__(self, parent_pid: int, trigger: Trigger, connects_in_flight: int) -> None:
         self.at = time.time()
         self.parent_pid = parent_pid
         self.trigger = trigger
@@ -61,68 +61,71 @@ class _Open(NamedTuple):
     connection: Any
     record: PidRecord | None
     fairy: PidFairy | None
-    checkout: Checkout | None
     pool: PidPool | None
 
     @property
     def state(self) -> str:
-        if self.checkout is None and self.record is not None:
+        if self.record is not None and self.record.fairy_ref is None:
             return inherited.IDLE
         return inherited.transaction_state(self.connection)
 
+    @property
+    def place(self) -> Place | None:
+        checkout = None if self.record is None else self.record.checkout_told
+        return None if checkout is None else checkout.place
+
 
 def _open_connections() -> Iterator[_Open]:
-    by_record = {id(checkout.record): checkout for checkout in list(checkouts.values())}
     for holding in list(ownership.register.values()):
         connection = holding.connection()
         if connection is None or isinstance(connection, DisownedConnection):
             continue
         record: PidRecord | None = None
         fairy: PidFairy | None = None
-        checkout: Checkout | None = None
         if holding.detached is not None:
             # Its record has gone back to the pool and may hold another one by now.
             fairy = holding.detached()
         else:
             record = holding.record()
-            checkout = by_record.get(id(record))
-            fairy = None if checkout is None else checkout()
+            if record is not None and record.fairy_ref is not None:
+                fairy = cast("PidFairy | None", record.fairy_ref())
         pool = record.pidpool if record is not None else fairy.pidpool if fairy is not None else None
-        yield _Open(holding, connection, record, fairy, checkout, pool)
+        yield _Open(holding, connection, record, fairy, pool)
 
 
 def _note_fork() -> None:
-    forks: dict[int, tuple[PidPool, Fork]] = {}
+    forks: dict[int, Fork] = {}
     for each in _open_connections():
         if each.pool is None:
             continue
-        _, noted = forks.setdefault(id(each.pool), (each.pool, Fork()))
+        noted = forks.setdefault(id(each.pool), Fork())
         state = each.state
         noted.idle += state == inherited.IDLE
         noted.checked_out += state != inherited.IDLE
         noted.in_transaction += state == inherited.IN_TRANSACTION
-    for pool, noted in forks.values():
-        pool._unreported.append(noted)
+    for pool in list(forkable):
+        pool._note_fork(forks.get(id(pool)))
     if forks and fork.flag[0] == fork.SETTLED:
         fork.flag[0] = fork.UNREPORTED
 
 
-def _adopt(trigger: str, connects_in_flight: int) -> None:
+def _adopt(trigger: Trigger, connects_in_flight: int) -> None:
     parent_pid = fork.current().pid
     pools = {id(pool): pool for pool in list(forkable)}
     adoptions = {key: Adoption(parent_pid, trigger, connects_in_flight) for key in pools}
     for each in _open_connections():
-        holding, connection, pool, state = each.holding, each.connection, each.pool, each.state
-        if pool is not None:
-            _replace_by_stand_in(pool, holding, connection, state, each.record, each.fairy)
+        holding, connection, pool = each.holding, each.connection, each.pool
+        if pool is None:
+            inherited.disown(holding, connection)
+            continue
+        state, place = each.state, each.place
+        _replace_by_stand_in(pool, holding, connection, state, each.record, each.fairy)
         action = inherited.disown(holding, connection)
-        if pool is not None and id(pool) in adoptions:
-            place = None if each.checkout is None else each.checkout.place
+        if id(pool) in adoptions:
             adoptions[id(pool)].connections.append((holding.tag, state, action, place))
     for key, pool in pools.items():
         pool._start_from_zero(adoptions[key])
     ownership.register.clear()
-    checkouts.clear()
 
 
 def _replace_by_stand_in(
@@ -133,15 +136,13 @@ def _replace_by_stand_in(
     record: PidRecord | None,
     fairy: PidFairy | None,
 ) -> None:
-    if fairy is not None and fairy_connection.__get__(fairy) is not connection:
+    if fairy is not None and fairy._held is not connection:
         fairy = None
     stand_in = DisownedConnection(Inheritance(pool, holding.tag, connection, state, fairy))
     if fairy is not None:
-        fairy_connection.__set__(fairy, stand_in)
-    if record is not None:
-        record.inherited = True
-        if record_connection.__get__(record) is connection:
-            record_connection.__set__(record, stand_in)
+        fairy._held = stand_in
+    if record is not None and record.dbapi_connection is connection:
+        record.dbapi_connection = stand_in
 
 
 def renew_first_connect(dispatch: Any) -> None:

@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 # Imports logging, whose at-fork hooks have to be registered before ours.
 from pidpool import writers
@@ -29,6 +29,10 @@ connect waits at most for a fork to be over."""
 WIPED = 0  # this process was forked and has not noticed yet
 SETTLED = 1  # this process has dealt with whatever it inherited
 UNREPORTED = 2  # something happened in a place where nothing may be logged
+
+
+Trigger = Literal["hook", "lazy"]
+"""What noticed a fork."""
 
 
 class _Flag(Protocol):
@@ -137,7 +141,7 @@ class _Gate:
 gate = _Gate()
 
 _in_parent: list[Callable[[], None]] = []
-_in_child: list[Callable[[str, int], None]] = []
+_in_child: list[Callable[[Trigger, int], None]] = []
 _to_report: list[Callable[[], None]] = []
 
 
@@ -149,7 +153,7 @@ def in_parent(forked: Callable[[], None]) -> None:
     _in_parent.append(forked)
 
 
-def in_child(adopt: Callable[[str, int], None]) -> None:
+def in_child(adopt: Callable[[Trigger, int], None]) -> None:
     """Have `adopt(trigger, connects_in_flight)` called once in every forked child.
 
     It may run inside an at-fork hook: it must not block, log, yield or raise, and it may be called
@@ -164,7 +168,7 @@ def at_first_use(report: Callable[[], None]) -> None:
     _to_report.append(report)
 
 
-def notice(trigger: str = "lazy") -> None:
+def notice(trigger: Trigger = "lazy") -> None:
     """Deal with a fork if there was one and nobody has yet. Never blocks for long, never logs."""
     global process, gate
     # A lock of this process's own: one that a fork may have copied in a locked state can't be used.

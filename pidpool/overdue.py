@@ -13,7 +13,7 @@ import threading
 import time
 
 from pidpool import fork
-from pidpool.checkouts import checkouts
+from pidpool.adoption import forkable
 
 _to_start = [True]  # popped by the one who starts the thread; a lock could be inherited locked
 _next_look = math.inf  # time.perf_counter()
@@ -47,12 +47,16 @@ def _run(wake: queue.SimpleQueue[None]) -> None:
         _next_look = math.inf
         now = time.perf_counter()
         earliest = math.inf
-        for checkout in list(checkouts.values()):
-            due_at = checkout.due_at
-            if due_at <= now:
-                checkout.tell_overdue(now)
-            else:
-                earliest = min(earliest, due_at)
+        for pool in list(forkable):
+            for record in pool.records() if pool.hold_warning is not None else ():
+                checkout = record.checkout_told
+                if checkout is None:
+                    continue
+                due_at = checkout.due_at
+                if due_at <= now:
+                    checkout.tell_overdue(now)
+                else:
+                    earliest = min(earliest, due_at)
         _next_look = earliest
         try:
             wake.get(timeout=None if earliest == math.inf else max(0.0, earliest - time.perf_counter()))
@@ -60,7 +64,7 @@ def _run(wake: queue.SimpleQueue[None]) -> None:
             pass
 
 
-def _begin_anew(trigger: str, connects_in_flight: int) -> None:
+def _begin_anew(trigger: fork.Trigger, connects_in_flight: int) -> None:
     """Forget the parent's thread, in a child."""
     global _next_look, _wake
     _to_start[:] = [True]

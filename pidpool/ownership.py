@@ -48,7 +48,17 @@ class ConnectionTag:
 class Holding:
     """A connection that this process opened, as long as it lives. Holds no reference to it."""
 
-    __slots__ = ("tag", "sever", "device", "detached", "_connection", "_record", "_key", "__weakref__")
+    __slots__ = (
+        "tag",
+        "sever",
+        "device",
+        "detached",
+        "checked_out",
+        "_connection",
+        "_record",
+        "_key",
+        "__weakref__",
+    )
 
     def __init__(
         self, tag: ConnectionTag, device: int | None, connection: Any, record: Any, sever: bool
@@ -57,6 +67,9 @@ class Holding:
         self.device = device
         self.sever = sever
         self.detached: Callable[[], Any] | None = None  # a weak reference to the detached fairy
+        # The pool entry, while it is checked out. Without it a child that collects the checkout and
+        # the connection together finds nothing left to disown: weak references go first.
+        self.checked_out: Any = None
         self._key = id(connection)
         self._record: weakref.ref[Any] = weakref.ref(record)
         self._connection: weakref.ref[Any] | None

@@ -20,13 +20,17 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePoo
 from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import queue as sqlalchemy_queue
 
-from pidpool import fork, inherited, overdue, ownership, places
+from pidpool import fork, inherited, overdue, ownership, places, rows
 from pidpool.adoption import Adoption, Fork, forkable, renew_first_connect
+from pidpool.checkouts import Checkout
 from pidpool.drivers import Driver, Settings
 from pidpool.errors import ForeignCheckoutError
+from pidpool.family import Family
 from pidpool.fork import SETTLED, WIPED, flag
+from pidpool.idle import IdleQueue
 from pidpool.inherited import DisownedConnection
 from pidpool.proxied import PidFairy, PidRecord, check_out
+from pidpool.stats import FamilyStats, PoolStats
 from pidpool.telemetry import ClosedReason, Telemetry
 
 _ON_FOREIGN = ("replace", "refuse")
@@ -66,6 +70,8 @@ class PidPool(QueuePool):
     inherited_sockets: Literal["sever", "keep"]
     hold_warning: float | None
 
+    _queue_class: Any = IdleQueue
+
     def __init__(
         self,
         creator: Any,
@@ -103,7 +109,9 @@ class PidPool(QueuePool):
         self.on_foreign = on_foreign
         self.inherited_sockets = inherited_sockets
         self.hold_warning = hold_warning
-        self._telemetry = Telemetry(kw.get("logging_name"), logger)
+        unlimited = pool_size == 0 or max_overflow < 0
+        family = Family(pool_size, -1 if unlimited else max_overflow)
+        self._telemetry = Telemetry(kw.get("logging_name"), logger, family)
         self._refusal: _Refusal | None = None
         # What happened at forks, until it may be logged; the newest, if nobody uses the pool for long.
         self._unreported: deque[Adoption | Fork] = deque(maxlen=100)
@@ -111,6 +119,8 @@ class PidPool(QueuePool):
             fork.settle()
         # SQLAlchemy's annotation leaves None out, its tests do not.
         super().__init__(creator, pool_size, max_overflow, cast(float, timeout), use_lifo, **kw)
+        # Reentrant, since a finalizer may return an overflowing connection inside any line.
+        self._overflow_lock = threading.RLock()  # type: ignore[assignment]
         forkable.add(self)
 
     # -- opening and closing
@@ -120,7 +130,7 @@ class PidPool(QueuePool):
 
         def open_and_tag(record: PidRecord) -> Any:
             connection = invoke(record)
-            record.holding = ownership.take(connection, record, sever=self.inherited_sockets == "sever")
+            record.hold(ownership.take(connection, record, sever=self.inherited_sockets == "sever"))
             inherited.prepare_to_sever()
             return connection
 
@@ -145,6 +155,8 @@ class PidPool(QueuePool):
         reason: ClosedReason = "detached"
         if holding.detached is None:
             reason = "failed" if record is None else record.closed_reason
+            if record is not None:
+                record.hold_none()
         self._telemetry.connection_closed(holding.tag, reason)
 
     # -- the doors
@@ -159,33 +171,90 @@ class PidPool(QueuePool):
             fork.settle()
         if self._refusal is not None:
             self._refuse_checkout(self._refusal)
-        started = time.perf_counter()
+        started = time.perf_counter_ns()
         try:
-            fairy = cast(PidFairy, _ConnectionFairy._checkout(self, None, check_out(self)))
+            fairy = check_out(self)
+            if self.dispatch.checkout or self._pre_ping:
+                fairy = cast(PidFairy, _ConnectionFairy._checkout(self, None, fairy))
+            else:
+                fairy._counter = 1
         except exc.TimeoutError:
-            waited = time.perf_counter() - started
+            waited = (time.perf_counter_ns() - started) / 1e9
             self._telemetry.checkout_timed_out(waited, self.size(), self.overflow(), self.checkedout())
             raise
-        checkout = fairy._finalizer
-        checkout.since = now = time.perf_counter()
-        if self._telemetry.is_debugging():
-            holding = fairy.pidpool_holding
-            if holding is not None:
-                checkout.told = True
-                self._telemetry.connection_checked_out(holding.tag, now - started)
+        now = time.perf_counter_ns()
+        waited_ns = now - started
+        bucket = (waited_ns >> 10).bit_length()  # rows.bucket(), without the call
+        record: Any = fairy._connection_record
+        record.holding.checked_out = record
+        slot = record.slot
+        slot[rows.WAIT + (bucket if bucket < rows.LAST_BUCKET else rows.LAST_BUCKET)] += 1
+        slot[rows.WAIT_SUM] += waited_ns
+        slot[rows.IN_STATE_SINCE] = now
+        slot[rows.THREAD] = threading.get_ident()
+        told = self._telemetry.is_debugging()
+        if told or self.hold_warning is not None:
+            self._watch(record, waited_ns / 1e9, now / 1e9, told)
+        return fairy
+
+    def _watch(self, record: PidRecord, waited: float, now: float, told: bool) -> None:
+        """Tell of a checkout, and note what is to be told of its end."""
+        holding = record.pidpool_holding
+        told = told and holding is not None
+        checkout = record.checkout_told = Checkout(record, now, told=told)
+        if told and holding is not None:
+            self._telemetry.connection_checked_out(holding.tag, waited)
         if self.hold_warning is not None:
             checkout.place = places.caller()
             checkout.context = copy_context()
             checkout.due_at = now + self.hold_warning
             overdue.watch(checkout.due_at)
-        return fairy
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        idle = self._pool
+        while True:
+            try:
+                return idle.get(False)
+            except sqlalchemy_queue.Empty:
+                pass
+            if self._inc_overflow():
+                try:
+                    return self._create_connection()
+                except BaseException:
+                    self._dec_overflow()
+                    raise
+            with self._telemetry.row.waiting():
+                try:
+                    return idle.get(True, self._timeout)
+                except sqlalchemy_queue.Empty:
+                    pass
+            if self._overflow >= self._max_overflow:
+                raise exc.TimeoutError(
+                    f"QueuePool limit of size {self.size()} overflow {self.overflow()} reached, "
+                    f"connection timed out, timeout {self._timeout:0.2f}",
+                    code="3o7r",
+                )
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         if flag[0] == WIPED:
             fork.notice()
-        entry = cast(PidRecord, record)
+        entry: Any = record
         if entry.inherited:
             return  # it was never counted here
+        if entry.checkout_told is not None:
+            entry.checkout_told.tell_return()
+            entry.checkout_told = None
+        slot = entry.slot
+        if slot[rows.THREAD]:
+            now = time.perf_counter_ns()
+            used = now - slot[rows.IN_STATE_SINCE]
+            bucket = (used >> 10).bit_length()
+            slot[rows.USE + (bucket if bucket < rows.LAST_BUCKET else rows.LAST_BUCKET)] += 1
+            slot[rows.USE_SUM] += used
+            slot[rows.IN_STATE_SINCE] = now
+            slot[rows.THREAD] = 0
+        if entry.holding is not None:
+            entry.holding.checked_out = None
         try:
             self._pool.put(record, False)
         except sqlalchemy_queue.Full:
@@ -273,15 +342,51 @@ class PidPool(QueuePool):
             fork.settle()
         return super().overflow()
 
+    # -- what it counts
+
+    def stats(self) -> PoolStats:
+        """Return a snapshot of what this process's pool counts and measures.
+
+        Takes no lock and sends nothing; any thread may call it. Counts are exact. After a fork they
+        start from zero, as the pool does; ``engine.dispose()`` goes on with them.
+        """
+        if flag[0] != SETTLED:
+            fork.settle()
+        return self._telemetry.family.read_own(self._telemetry.row, self._telemetry.pool)
+
+    def family_stats(self) -> FamilyStats:
+        """Return a snapshot of this pool in all processes: the one that made it and all forked from it.
+
+        Read from memory that they share: nobody is asked, nobody waits, and those that have ended or
+        were killed are in it with what they had counted.
+        """
+        if flag[0] != SETTLED:
+            fork.settle()
+        return self._telemetry.family.read(self._telemetry.pool)
+
+    def records(self) -> list[PidRecord]:
+        """Return this process's pool entries, idle or checked out, without their order."""
+        return self._telemetry.row.records()
+
     # -- in a child
+
+    def _note_fork(self, noted: Fork | None) -> None:
+        """Count a fork, in the parent's at-fork hook; told of if there were connections."""
+        self._telemetry.row.add(rows.FORKS)
+        if noted is not None:
+            self._unreported.append(noted)
 
     def _start_from_zero(self, adoption: Adoption) -> None:
         """Replace everything that another thread may have held at the fork; runs in the at-fork hook."""
+        for record in self.records():
+            record.disinherit()
         self._pool = self._queue_class(self._pool.maxsize, use_lifo=self._pool.use_lifo)
         self._overflow = 0 - self._pool.maxsize
-        self._overflow_lock = threading.Lock()
+        self._overflow_lock = threading.RLock()  # type: ignore[assignment]
         renew_first_connect(self.dispatch)
-        self._telemetry.forget_deferred()
+        self._telemetry.begin_anew(adoption.parent_pid, adoption.trigger)
+        for _, state, action, _ in adoption.connections:
+            self._telemetry.row.add_inherited(state, severed=action == inherited.SEVERED)
         idle = adoption.count(inherited.IDLE)
         if self.on_foreign == "refuse" and idle:
             self._refusal = _Refusal(adoption.parent_pid, idle)

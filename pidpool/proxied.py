@@ -11,41 +11,73 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
+from sqlalchemy import __version__ as sqlalchemy_version
+from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, _finalize_fairy, reset_rollback
 
-from pidpool import fork
-from pidpool.checkouts import Checkout
+from pidpool import fork, rows
 from pidpool.fork import WIPED, flag
 from pidpool.inherited import DisownedConnection
 
 if TYPE_CHECKING:
+    from pidpool.checkouts import Checkout
     from pidpool.ownership import Holding
     from pidpool.pool import PidPool
     from pidpool.telemetry import ClosedReason
-
-# The attributes behind the properties and past the checks, read and written in a child's adoption.
-record_connection: Any = _ConnectionRecord.__dict__["dbapi_connection"]
-fairy_connection: Any = _ConnectionFairy.__dict__["dbapi_connection"]
 
 
 class PidRecord(_ConnectionRecord):
     """One slot of a pool.
 
-    `inherited` is set in a child for every slot that held a connection at the fork: such a slot is
-    not counted there and never goes back into the pool.
+    `inherited` is set in a child for every slot of the parent's: such a slot is not counted there and
+    never goes back into the pool.
     """
 
-    __slots__ = ("holding", "inherited", "closed_reason")
+    __slots__ = (
+        "holding",
+        "inherited",
+        "closed_reason",
+        "checkout_told",
+        "row",
+        "slot_number",
+        "slot",
+    )
 
     holding: Holding | None
     inherited: bool
     closed_reason: ClosedReason
+    checkout_told: Checkout | None
+    row: rows.Row
+    slot_number: int
+    slot: memoryview
+    """Where its checkouts are counted, in the process's row of the family's memory."""
 
     def __init__(self, pool: PidPool, connect: bool = True) -> None:
         self.holding = None
         self.inherited = False
         self.closed_reason = "recycled"
+        self.checkout_told = None
+        self.row = row = pool._telemetry.row
+        self.slot_number, self.slot = row.take_slot(self)
         super().__init__(pool, connect)
+
+    def __del__(self) -> None:
+        self.row.give_back_slot(self)
+
+    def disinherit(self) -> None:
+        """Note, in a child, that this entry is the parent's, and so are the words where it counts."""
+        self.inherited = True
+        self.slot = rows.SCRATCH
+        self.slot_number = 0
+        self.checkout_told = None
+
+    def hold(self, holding: Holding) -> None:
+        """Note which connection the slot holds from now on."""
+        self.holding = holding
+        rows.name_connection(self.slot, holding.tag)
+
+    def hold_none(self) -> None:
+        """Note that the slot holds no connection any more."""
+        rows.name_connection(self.slot, None)
 
     @property
     def pidpool(self) -> PidPool:
@@ -112,6 +144,12 @@ class PidRecord(_ConnectionRecord):
         return True
 
 
+class _NoFinalizer:
+    """What SQLAlchemy finds where it puts a `weakref.finalize`, and tells that it is not needed."""
+
+    def detach(self) -> None: ...
+
+
 class PidFairy(_ConnectionFairy):
     """One checkout of a connection: what ``engine.raw_connection()`` returns.
 
@@ -119,34 +157,49 @@ class PidFairy(_ConnectionFairy):
     `DisownedConnection` until the first use opens a connection of the child's own.
     """
 
-    __slots__ = ("_finalizer", "_detached_holding")
+    __slots__ = ("_held", "_detached_holding", "_reset_failed")
 
-    _finalizer: Checkout  # type: ignore[assignment, unused-ignore]  # a weakref.finalize in 2.1
+    _finalizer = _NoFinalizer()  # type: ignore[assignment, unused-ignore]
+    _held: Any
+    """The driver's connection: what `dbapi_connection` is, without asking whose process this is."""
     _detached_holding: Holding | None
+    _reset_failed: BaseException | None
 
     def __init__(self, pool: PidPool, dbapi_connection: Any, record: PidRecord, echo: Any) -> None:
-        # Not SQLAlchemy's own: its finalizer would go for the connection without asking whose it is.
+        # Not SQLAlchemy's own: its finalizer would go for the connection without asking whose it is,
+        # and costs a third of a checkout.
         self._pool = pool
         self._counter = 0
         self._echo = echo
-        self._detached_holding = None
-        self._hold(dbapi_connection, record)
-
-    def _hold(self, dbapi_connection: Any, record: PidRecord) -> None:
-        fairy_connection.__set__(self, dbapi_connection)
+        self._detached_holding = self._reset_failed = None
+        self._held = dbapi_connection
         self._connection_record = record
-        self._finalizer = checkout = Checkout.of(self, record, self.pidpool, self._echo)
-        record.fairy_ref = checkout  # type: ignore[assignment]  # to a subclass
+        record.fairy_ref = weakref.ref(self)
+
+    def __del__(self) -> None:
+        """Return the connection of a checkout that was dropped; never logs, never raises."""
+        record: Any = self._connection_record  # not cast(): these lines run with every checkout
+        if record is None:
+            return  # it was closed or detached
+        if flag[0] == WIPED:
+            fork.notice()  # first: what this process inherited is not its to return
+        record.fairy_ref = _GONE  # SQLAlchemy asks whether it is
+        pool = self.pidpool
+        with pool._telemetry.deferred():
+            if record.inherited:
+                record.checkin()
+            else:
+                _give_back(record, pool, self._echo)
 
     @property
     def dbapi_connection(self) -> Any:
         if flag[0] == WIPED:
             fork.notice()
-        return fairy_connection.__get__(self)
+        return self._held
 
     @dbapi_connection.setter
     def dbapi_connection(self, value: Any) -> None:
-        fairy_connection.__set__(self, value)
+        self._held = value
 
     @property
     def pidpool(self) -> PidPool:
@@ -165,8 +218,16 @@ class PidFairy(_ConnectionFairy):
             fork.notice()
         return super().driver_connection
 
+    # Not by __getattr__, which costs more.
+
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         return self.dbapi_connection.cursor(*args, **kwargs)
+
+    def commit(self) -> None:
+        self.dbapi_connection.commit()
+
+    def rollback(self) -> None:
+        self.dbapi_connection.rollback()
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
         if self._is_disowned():
@@ -191,17 +252,48 @@ class PidFairy(_ConnectionFairy):
             self._detached_holding = holding
             if holding is not None:
                 holding.detached = weakref.ref(self)
+            record.hold_none()
         super().detach()
-        self._finalizer.detach()
 
     def _checkin(self, transaction_was_reset: bool = False) -> None:
-        if self._is_disowned():
+        if flag[0] == WIPED:
+            fork.notice()
+        connection, pool = self._held, self._pool
+        record: Any = self._connection_record
+        if isinstance(connection, DisownedConnection):
             self._let_go()
             return
-        if self._connection_record is not None:
-            self._finalizer.tell_return()
-        super()._checkin(transaction_was_reset)
-        self._finalizer.detach()
+        dispatch, dialect = pool.dispatch, pool._dialect
+        if (
+            connection is None
+            or record is None
+            or self._echo
+            or record.finalize_callback
+            or dispatch.reset
+            or dispatch.checkin
+            or dialect.is_async
+            or pool._reset_on_return is not reset_rollback
+        ):
+            super()._checkin(transaction_was_reset)
+            return
+        # The same without what there is none of: half the time.
+        if not transaction_was_reset:
+            try:
+                dialect.do_rollback(self)
+            except BaseException as error:
+                self._reset_failed = error
+                super()._checkin()
+                return
+        record.fairy_ref = None
+        self._held = self._connection_record = None
+        pool._return_conn(record)
+
+    def _reset(self, *args: Any, **kwargs: Any) -> None:
+        # With an error that there was already: what follows is SQLAlchemy's to do.
+        error, self._reset_failed = self._reset_failed, None
+        if error is not None:
+            raise error
+        super()._reset(*args, **kwargs)
 
     def _is_disowned(self) -> bool:
         return isinstance(self.dbapi_connection, DisownedConnection)
@@ -211,35 +303,53 @@ class PidFairy(_ConnectionFairy):
         record = self._connection_record
         if record is not None:
             record.checkin()
-        self._finalizer.detach()
         self.dbapi_connection = None
         self._connection_record = None
 
     def _go_on_with(self, other: PidFairy) -> Any:
         """Take over the connection of a checkout just made, in the place of an inherited one."""
         inherited = cast("PidRecord | None", self._connection_record)
-        self._finalizer.detach()
-        other._finalizer.detach()
-        connection = fairy_connection.__get__(other)
-        record = cast("PidRecord | None", other._connection_record)
+        connection, record = other._held, cast("PidRecord | None", other._connection_record)
         self.__dict__.pop("info", None)  # memoized from the inherited record
         if record is None:
             self._detached_holding = other._detached_holding
             if self._detached_holding is not None:
                 self._detached_holding.detached = weakref.ref(self)
-            self._connection_record = None
-            fairy_connection.__set__(self, connection)
         else:
             if inherited is not None:
                 # What SQLAlchemy wants undone at checkin, such as an isolation level.
                 record.finalize_callback.extend(inherited.finalize_callback)
                 inherited.checkin()
-            self._hold(connection, record)
-        self._finalizer.go_on_as(other._finalizer)
+            record.fairy_ref = weakref.ref(self)
+        self._connection_record = record
+        self._held = connection
         # Emptied, so that its end does not return the connection.
         other._connection_record = None
         other.dbapi_connection = None
         return connection
+
+
+def _ended() -> weakref.ref[Any]:
+    class Something: ...
+
+    return weakref.ref(Something())
+
+
+_GONE = _ended()
+"""A weak reference to what is no more."""
+
+
+if sqlalchemy_version.startswith("2.0."):
+
+    def _give_back(record: PidRecord, pool: PidPool, echo: Any) -> None:
+        # mypy sees SQLAlchemy 2.1's signature; 2.0's takes the reference that the record must have.
+        finalize: Any = _finalize_fairy
+        finalize(None, record, pool, record.fairy_ref, echo, transaction_was_reset=False)
+
+else:
+
+    def _give_back(record: PidRecord, pool: PidPool, echo: Any) -> None:
+        _finalize_fairy(None, record, pool, echo, transaction_was_reset=False, is_gc_cleanup=True)
 
 
 _class_of_records = vars(_ConnectionRecord)
@@ -252,12 +362,20 @@ def check_out(pool: PidPool) -> PidFairy:
     # tests) is not passed over.
     if _class_of_records["checkout"] is not _checkout_of_sqlalchemy:
         return _instead_of(_ConnectionRecord.checkout(pool))
-    record = cast(PidRecord, pool._do_get())
-    try:
-        dbapi_connection = record.get_connection()
-    except BaseException as error:
-        record._checkin_failed(error, _fairy_was_created=False)
-        raise
+    record: Any = pool._do_get()
+    dbapi_connection = record.dbapi_connection
+    # What get_connection() would find out, without the call.
+    if (
+        dbapi_connection is None
+        or pool._recycle > -1
+        or pool._invalidate_time > record.starttime
+        or record._soft_invalidate_time > record.starttime
+    ):
+        try:
+            dbapi_connection = record.get_connection()
+        except BaseException as error:
+            record._checkin_failed(error, _fairy_was_created=False)
+            raise
     echo = pool._should_log_debug()
     if echo:
         pool.logger.debug("Connection %r checked out from pool", dbapi_connection)

@@ -11,8 +11,8 @@ from typing import Any
 
 from pidpool.ownership import ConnectionTag
 
-BOUNDS: tuple[float, ...] = tuple((1 << power) / 1e6 for power in range(26))
-"""The upper bounds of the histograms' buckets in seconds: 1 µs, doubled each time, up to 33.6 s."""
+BOUNDS: tuple[float, ...] = tuple((1024 << power) / 1e9 for power in range(26))
+"""The upper bounds of the histograms' buckets in seconds: 1.024 µs, doubled each time, up to 34.4 s."""
 
 
 @dataclass(frozen=True)

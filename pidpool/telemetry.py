@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
-from pidpool import fork
+from pidpool import fork, rows
 
 if TYPE_CHECKING:
+    from pidpool.family import Family
+    from pidpool.fork import Trigger
     from pidpool.ownership import ConnectionTag
 
 ClosedReason = Literal["recycled", "invalidated", "overflow", "disposed", "detached", "failed"]
-Trigger = Literal["hook", "lazy"]
 
 _numbers = itertools.count(1)
 _finalizing = threading.local()
@@ -44,9 +45,13 @@ class Telemetry:
 
     :param pool: the pool's name in every event; None for ``pool-<number>``.
     :param logger: a structlog logger (or one with its methods) to use instead of structlog's own.
+    :param family: where the process's counts are kept.
     """
 
-    def __init__(self, pool: str | None = None, logger: Any = None) -> None:
+    def __init__(self, pool: str | None, logger: Any, family: Family) -> None:
+        self.family = family
+        self.row = family.join()
+        self._pid = os.getpid()
         self.pool = pool or f"pool-{next(_numbers)}"
         self.logger = logger
         self._wrapper: object = None
@@ -57,6 +62,7 @@ class Telemetry:
 
     def connection_opened(self, tag: ConnectionTag, create_time: float) -> None:
         """A connection was opened; `create_time` in seconds, connect events included."""
+        self.row.add_opened(int(create_time * 1e9))
         self._emit("info", "connection.opened", tag, create_time=round(create_time, 6))
 
     def connection_checked_out(self, tag: ConnectionTag, wait_time: float) -> None:
@@ -72,10 +78,12 @@ class Telemetry:
 
     def connection_closed(self, tag: ConnectionTag, reason: ClosedReason) -> None:
         """This process closed a connection that it owns."""
+        self.row.add_closed(reason)
         self._emit("info", "connection.closed", tag, reason=reason)
 
     def connection_invalidated(self, tag: ConnectionTag, soft: bool, error: BaseException | None) -> None:
         """A connection was invalidated, hard or soft."""
+        self.row.add(rows.INVALIDATIONS)
         # The class alone: a driver's message may quote a statement with its parameters.
         name = None if error is None else type(error).__name__
         self._emit("info", "connection.invalidated", tag, soft=soft, error=name)
@@ -84,6 +92,7 @@ class Telemetry:
 
     def checkout_timed_out(self, wait_time: float, size: int, overflow: int, checked_out: int) -> None:
         """No connection was free for `wait_time` seconds."""
+        self.row.add(rows.TIMEOUTS)
         self._emit(
             "warning",
             "checkout.timed_out",
@@ -139,12 +148,14 @@ class Telemetry:
 
     def connection_replaced(self, inherited: ConnectionTag, tag: ConnectionTag | None) -> None:
         """A checkout goes on with a connection of this process's own."""
+        self.row.add(rows.REPLACED)
         by = None if tag is None else tag.connection_id
         by_server_pid = None if tag is None else tag.server_pid
         self._emit("info", "connection.replaced", inherited, by=by, by_server_pid=by_server_pid)
 
     def connection_refused(self, tag: ConnectionTag | None, state: str) -> None:
         """A use of an inherited connection, or (without a tag) a checkout, was refused."""
+        self.row.add(rows.REFUSED)
         self._emit("warning", "connection.refused", tag, state=state)
 
     def pool_adopted(
@@ -242,9 +253,16 @@ class Telemetry:
                 return
             context.run(self._write, level, event, fields)
 
-    def forget_deferred(self) -> None:
-        """Drop what a child inherited: the parent tells it."""
-        self._deferred = deque()
+    def begin_anew(self, parent_pid: int, trigger: Trigger) -> None:
+        """Start counting from zero, in a child's at-fork hook; what was held back is the parent's to tell.
+
+        A pool and the successors that `recreate()` made of it share this object: it begins anew once.
+        """
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._deferred = deque()
+            self.row = self.family.join(parent_pid)
+        self.row.add_adoption(trigger)
 
     def _write(self, level: str, event: str, fields: dict[str, object]) -> None:
         try:

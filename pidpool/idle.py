@@ -1,0 +1,197 @@
+"""The queue of a pool's idle connections. To put one and to get one that is there are single calls of C's
+own deque, which no other thread and no finalizer can come between: no lock to wait for, or to inherit
+locked.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy.util import queue as sqlalchemy_queue
+
+_T = TypeVar("_T")
+
+PATIENCE = 0.03
+"""Seconds after which a waiting thread is handed the next connection that comes back, whoever else asks.
+It is the interval at which CPython takes turns between threads."""
+
+
+class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
+    """A queue with the interface of `sqlalchemy.util.queue.Queue`.
+
+    Waiting threads: what comes back goes to whoever asks first, waiting or not, since a thread that first
+    has to be woken costs everybody time. But a thread that has waited for `PATIENCE` seconds is served
+    next, in order of arrival: none starves.
+
+    :param maxsize: how many it takes; 0 for no limit.
+    :param use_lifo: the one put last is got first.
+    """
+
+    def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
+        self.maxsize = maxsize
+        self.use_lifo = use_lifo
+        self.queue: deque[_T] = deque()  # the name that it has in SQLAlchemy's
+        self._take = self.queue.pop if use_lifo else self.queue.popleft
+        # Whoever puts takes a place first, so that there never are more than maxsize: to look how
+        # many there are and then to put would be two steps.
+        self._places: list[None] = [None] * max(maxsize, 0)
+        self._waiters: deque[_Waiter] = deque()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> _T:
+        """Get an item, waiting for `timeout` seconds at most.
+
+        :raises sqlalchemy.util.queue.Empty: if there is none, or none in time.
+        """
+        try:
+            item = self._take()
+        except IndexError:
+            if not block:
+                raise sqlalchemy_queue.Empty from None
+        else:
+            if self.maxsize > 0:
+                self._places.append(None)
+            return item
+        if timeout is not None and timeout < 0:
+            raise ValueError("'timeout' must be a positive number")
+        return self._wait(timeout)
+
+    def put(self, item: _T, block: bool = True, timeout: float | None = None) -> None:
+        """Put an item; never waits.
+
+        :raises sqlalchemy.util.queue.Full: if there are `maxsize` already.
+        """
+        if self.maxsize > 0:
+            try:
+                self._places.pop()
+            except IndexError:
+                raise sqlalchemy_queue.Full from None
+        self.queue.append(item)
+        # After the item is there: who begins to wait looks for an item after it is on the list, so
+        # that one of the two sees the other.
+        if self._waiters:
+            self._serve_a_waiter()
+
+    def get_nowait(self) -> _T:
+        """Get an item that is there."""
+        return self.get(False)
+
+    def put_nowait(self, item: _T) -> None:
+        """Put an item."""
+        self.put(item)
+
+    def qsize(self) -> int:
+        """Return how many items are there."""
+        return len(self.queue)
+
+    def empty(self) -> bool:
+        """Return whether there is none."""
+        return not self.queue
+
+    def full(self) -> bool:
+        """Return whether there are `maxsize`."""
+        return 0 < self.maxsize <= len(self.queue)
+
+    # -- waiting
+
+    def _serve_a_waiter(self) -> None:
+        """See to it that a thread that waits looks again; hand it an item if it has waited for long."""
+        try:
+            waiter = self._waiters[0]
+            if not waiter.is_due:
+                waiter.wake()
+                return
+            item = self.get(False)
+        except (IndexError, sqlalchemy_queue.Empty):
+            return  # another thread was first
+        try:
+            waiter = self._waiters.popleft()
+        except IndexError:
+            self.put(item)
+            return
+        waiter.hand(item)
+
+    def _wait(self, timeout: float | None) -> _T:
+        waiter = _Waiter()
+        deadline = math.inf if timeout is None else waiter.since + timeout
+        self._waiters.append(waiter)
+        taken = False
+        item: Any = None
+        try:
+            while not waiter.is_handed:
+                waiter.is_awake = False  # before it looks: what comes after that wakes it
+                try:
+                    item = self.get(False)
+                    taken = True
+                    break
+                except sqlalchemy_queue.Empty:
+                    pass
+                now = time.monotonic()
+                if now >= deadline:
+                    break
+                waiter.is_due = now >= waiter.since + PATIENCE
+                waiter.sleep(deadline - now if waiter.is_due else min(deadline - now, PATIENCE))
+        finally:
+            if not self._forget(waiter):
+                if taken:
+                    self.put(waiter.item)
+                item, taken = item if taken else waiter.item, True
+            # While this one was awake, others were not woken.
+            if self.queue and self._waiters:
+                self._serve_a_waiter()
+        if not taken:
+            raise sqlalchemy_queue.Empty
+        result: _T = item
+        return result
+
+    def _forget(self, waiter: _Waiter) -> bool:
+        """Take a waiter off the list; False if it was handed an item meanwhile."""
+        try:
+            self._waiters.remove(waiter)
+        except ValueError:
+            # Taken off by a thread that is about to hand it an item.
+            while not waiter.is_handed:
+                waiter.sleep(PATIENCE)
+            return False
+        return True
+
+
+class _Waiter:
+    """A thread that waits for an item."""
+
+    __slots__ = ("since", "item", "is_handed", "is_awake", "is_due", "_lock")
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+        self.item: Any = None
+        self.is_handed = False
+        self.is_awake = False
+        self.is_due = False
+        # By its name, which gevent and eventlet give to a lock of their own.
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait until somebody wakes this thread."""
+        self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
+    def wake(self) -> None:
+        """Have the thread look again; nothing is done where it is about to."""
+        if not self.is_awake:
+            self.is_awake = True
+            try:
+                self._lock.release()
+            except RuntimeError:
+                pass  # another thread has woken it at the same time
+
+    def hand(self, item: Any) -> None:
+        """Give the thread an item; it is off the list already."""
+        self.item = item
+        self.is_handed = True
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass
