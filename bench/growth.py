@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 from sqlalchemy.pool import Pool
 
@@ -15,13 +16,17 @@ QUESTION = "How it grows"
 
 READING = """\
 CPU time of one checkout and checkin in a pool of 1 to 1,000 connections, all idle (so that they take turns)
-or all but one checked out; and, with 1 to 256 forked processes alive, each with the pool, of a cycle in the
-parent and of its next `os.fork()`. *Flat* allows for what the processor's caches make of more memory: the
-most that QueuePool's own cycle grows by, and a quarter."""
+or all but one checked out; and, with 1 to 256 processes of a family alive, each with the pool, of a cycle
+in the parent, of its next `os.fork()` and of a snapshot of everybody's numbers. *Flat* allows for what the
+processor's caches make of more memory: the most that QueuePool's own cycle grows by, and a quarter."""
 
 CONNECTIONS = (1, 10, 100, 1000)
 PROCESSES = (1, 16, 64, 256)
 FLAT = 1.25
+
+CYCLE = "a cycle in the parent"
+FORK = "the parent's next os.fork()"
+SNAPSHOT = "family_stats(), per process,"
 
 
 def _pool_of(name: str, connections: int, held: bool, kept: list[object]) -> Pool:
@@ -86,28 +91,33 @@ class Family:
         os.close(self._end)
 
 
-def _by_processes(scale: Scale) -> tuple[list[Spread], list[Spread]]:
-    """Return the cost of a cycle, and of a fork, with so many processes alive."""
-    pool = contenders.pool(PID, fake_driver.SocketConnection)
-    run = cpu_slice(contenders.cycle(pool), 200)
-    run()
+def _by_processes(scale: Scale) -> dict[str, list[Spread]]:
+    """Return the cost of each thing with so many processes alive, this one included."""
+    pool: Any = contenders.pool(PID, fake_driver.SocketConnection)
+    cycle = cpu_slice(contenders.cycle(pool), 200)
+    snapshot = cpu_slice(pool.family_stats, 1)
+    cycle()
     settle()
     family = Family(pool)
-    cycles, forks = [], []
+    costs: dict[str, list[Spread]] = {CYCLE: [], FORK: [], SNAPSHOT: []}
     try:
         took: list[float] = []
-        for number in range(1, max(PROCESSES) + 1):
+        for processes in range(1, max(PROCESSES) + 1):
+            if processes in PROCESSES:
+                costs[CYCLE].append(Spread.of([cycle() for _ in range(scale.rounds(200))]))
+                each = [snapshot() / processes for _ in range(scale.rounds(50))]
+                costs[SNAPSHOT].append(Spread.of(each))
             took.append(family.grow())
-            if number in PROCESSES:
-                cycles.append(Spread.of([run() for _ in range(scale.rounds(200))]))
-                forks.append(Spread.of((took * 2)[-32:]))
+            if processes in PROCESSES:
+                # The last few, or there would be one alone.
+                costs[FORK].append(Spread.of((took * 2)[-16:]))
     finally:
         family.end()
-    return cycles, forks
+    return costs
 
 
 def answer(scale: Scale) -> Answer:
-    cycles, forks = _by_processes(scale)  # first, while this process is small
+    costs_by_processes = _by_processes(scale)  # first, while this process is small
     measured = _by_connections(scale)
     rows = []
     for held in (False, True):
@@ -126,16 +136,10 @@ def answer(scale: Scale) -> Answer:
         for name in (QUEUE, PID):
             costs = ", ".join(f"{Spread.of(values).median * 1e6:.2f}" for values in measured[name, held])
             rows.append(Row(f"{name}, {kind}: 1, 10, 100, 1,000 connections", f"{costs} µs"))
-    for what, spreads in (("a cycle in the parent", cycles), ("the parent's next os.fork()", forks)):
+    for what, spreads in costs_by_processes.items():
         growth_by = max(spread.median for spread in spreads) / spreads[0].median
-        rows.append(
-            Row(
-                f"1 to 256 processes: {what} at the most",
-                f"{growth_by:.2f} × that with 1",
-                "flat",
-                growth_by <= FLAT,
-            )
-        )
+        label = f"1 to 256 processes: {what} at the most"
+        rows.append(Row(label, f"{growth_by:.2f} × that with 1", "flat", growth_by <= FLAT))
         costs = ", ".join(f"{spread.median * 1e6:,.1f}" for spread in spreads)
         rows.append(Row(f"{what}: 1, 16, 64, 256 processes", f"{costs} µs"))
     panel = Panel(

@@ -8,6 +8,7 @@ import tracemalloc
 from bench import contenders, fake_driver
 from bench.contenders import PID, QUEUE
 from bench.harness import Answer, Panel, Row, Scale, main
+from pidpool import PidPool
 
 QUESTION = "Memory"
 
@@ -50,6 +51,9 @@ def answer(scale: Scale) -> Answer:
         Row(f"{name}, per connection", f"{idle:,.0f} bytes idle, {checked_out:,.0f} more checked out")
         for name, (idle, checked_out) in measured.items()
     ]
+    family = PidPool(fake_driver.Connection)._telemetry.family
+    row = family._row_words * 8
+    rows.append(Row("the family's memory, per process", f"{row:,} bytes for a pool of 5 + 10"))
     panel = Panel(
         "Memory per pooled connection",
         "bytes",

@@ -38,10 +38,10 @@ def parts_of(pool: Pool) -> dict[str, Callable[[], Any]]:
 
     def check_out_and_forget() -> None:
         fairy = fairy_class(pool, connection, record, False)
-        # SQLAlchemy 2.0's has none of its own.
         finalizer = getattr(fairy, "_finalizer", None)
-        if finalizer is not None:
+        if finalizer is not None:  # SQLAlchemy 2.0's has none of its own
             finalizer.detach()
+        fairy._connection_record = None
 
     def reset() -> None:
         held._reset(pool, transaction_was_reset=False, terminate_only=False, asyncio_safe=True)
