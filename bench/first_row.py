@@ -46,7 +46,11 @@ def answer(scale: Scale) -> Answer:
         Row("PidPool against the documented way, by the clock", clock.text(" ×")),
     ]
     for name, forks in measured.items():
-        rows.append(Row(f"{name}: CPU time of the child", Spread.of(_cpu(forks)).text(" ms", 1e3)))
+        hook = Spread.of([each.child_cpu for each in forks]).median * 1e3
+        measured_cpu = (
+            f"{Spread.of(_cpu(forks)).text(' ms', 1e3)}, {hook:.2f} of it before os.fork() returned"
+        )
+        rows.append(Row(f"{name}: CPU time of the child", measured_cpu))
         rows.append(Row(f"{name}: by the clock", Spread.of(_clock(forks)).text(" ms", 1e3)))
     medians = [Spread.of(_cpu(forks)).median * 1e3 for forks in measured.values()]
     panel = Panel("Fork to first row", "ms of the child's CPU time", list(measured), {"": medians})

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -78,6 +79,11 @@ def differences(values: Sequence[float], base: Sequence[float]) -> Spread:
     return Spread.of([value - other for value, other in zip(values, base, strict=True)])
 
 
+def undisturbed(values: Sequence[float]) -> float:
+    """Return the middle of the fastest fifth: what it takes when nothing else gets in the way."""
+    return statistics.quantiles(values, n=10, method="inclusive")[0]
+
+
 def settle() -> None:
     """Take what exists out of the garbage collector's sight: it would go through it at some slices only."""
     gc.collect()
@@ -85,16 +91,16 @@ def settle() -> None:
 
 
 def alternate(contenders: Mapping[str, Slice], rounds: int) -> dict[str, list[float]]:
-    """Let the contenders take turns; each begins as often as any other, every other round is backwards."""
+    """Let the contenders take turns, each round in another order: whom one comes after makes a difference."""
     names = list(contenders)
     for name in names:
         contenders[name]()  # what happens only once, such as connecting
     settle()
     results: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        start = number // 2 % len(names)
-        order = names[start:] + names[:start]
-        for name in order if number % 2 else reversed(order):
+    orders = random.Random(rounds)
+    for _ in range(rounds):
+        orders.shuffle(names)
+        for name in names:
             results[name].append(contenders[name]())
     return results
 
@@ -104,15 +110,18 @@ def cpu_slice(operation: Callable[[], Any], times: int) -> Slice:
     return _timed(time.thread_time_ns, operation, times)
 
 
-def wall_slice(operation: Callable[[], Any], times: int) -> Slice:
-    """A slice of `times` operations by the clock, for what has to wait for others."""
-    return _timed(time.perf_counter_ns, operation, times)
+def wall_slice(operation: Callable[[], Any], times: int, first: int = 0) -> Slice:
+    """A slice of `times` operations by the clock, for what has to wait for others; the `first` few before
+    don't count: they find the processor's caches as another contender left them."""
+    return _timed(time.perf_counter_ns, operation, times, first)
 
 
-def _timed(now: Callable[[], int], operation: Callable[[], Any], times: int) -> Slice:
-    turns = range(times)
+def _timed(now: Callable[[], int], operation: Callable[[], Any], times: int, first: int = 0) -> Slice:
+    beforehand, turns = range(first), range(times)
 
     def run() -> float:
+        for _ in beforehand:
+            operation()
         started = now()
         for _ in turns:
             operation()
