@@ -1,7 +1,7 @@
 """What each driver's connection says of itself without I/O and without taking a lock of the driver's:
 its descriptor, its server process, whether a transaction is open, and the settings it holds locally.
 
-Read in psycopg2 2.9 (connection_type.c), psycopg 3.3 (_connection_base.py), PyMySQL 1.1,
+Read in psycopg2 2.9 (connection_type.c), psycopg 3.3 (_connection_base.py), asyncpg 0.32, PyMySQL 1.1,
 mysqlclient 2.2 and CPython's sqlite3. In a child these are the only calls that may be made on an
 inherited connection.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from sqlalchemy.engine import AdaptedConnection
 
 Settings = Mapping[str, object]
 
@@ -42,13 +44,29 @@ class Driver:
             if getattr(connection, name) != value:
                 setattr(connection, name, value)
 
-    def error_arguments(self, message: str) -> tuple[object, ...]:
-        """Return the arguments by which SQLAlchemy's dialect recognises a disconnect."""
-        return (message,)
+    def max_connections(self, connection: Any) -> int | None:
+        """Ask the server how many connections it takes; None where that is not known how.
+
+        The one method here that sends something: for a new connection of this process's own.
+        """
+        return None
 
 
-class _Psycopg2(Driver):
-    # All five are plain reads of the connection's struct or of libpq's PGconn. The setters of the
+class _PostgreSQL(Driver):
+    def max_connections(self, connection: Any) -> int | None:
+        if self.in_transaction(connection) is not False:
+            return None
+        cursor = connection.cursor()
+        try:
+            cursor.execute("show max_connections")
+            return int(cursor.fetchone()[0])
+        finally:
+            cursor.close()
+            connection.rollback()
+
+
+class _Psycopg2(_PostgreSQL):
+    # All are plain reads of the connection's struct or of libpq's PGconn. The setters of the
     # settings are local too, and refused while a transaction is open.
     def server_pid(self, connection: Any) -> int | None:
         return int(connection.get_backend_pid())
@@ -69,7 +87,7 @@ class _Psycopg2(Driver):
         }
 
 
-class _Psycopg(Driver):
+class _Psycopg(_PostgreSQL):
     def server_pid(self, connection: Any) -> int | None:
         return int(connection.pgconn.backend_pid)
 
@@ -87,11 +105,43 @@ class _Psycopg(Driver):
         }
 
 
-class _MySQL(Driver):
-    # SQLAlchemy's MySQL dialects know a disconnect by its number; 2006 is CR_SERVER_GONE_ERROR.
-    def error_arguments(self, message: str) -> tuple[object, ...]:
-        return (2006, message)
+class _AsyncPsycopg(_Psycopg):
+    # Under SQLAlchemy's adapter. Setting is a coroutine there, also where it is local.
+    def fileno(self, connection: Any) -> int | None:
+        return super().fileno(connection._connection)
 
+    def server_pid(self, connection: Any) -> int | None:
+        return super().server_pid(connection._connection)
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        return super().in_transaction(connection._connection)
+
+    def settings(self, connection: Any) -> Settings | None:
+        return super().settings(connection._connection)
+
+    def apply(self, connection: Any, settings: Settings) -> None:
+        for name, value in settings.items():
+            if getattr(connection._connection, name) != value:
+                getattr(connection, f"set_{name}")(value)
+
+
+class _AsyncPG(Driver):
+    # Under SQLAlchemy's adapter, which keeps the settings itself and begins transactions with them.
+    def fileno(self, connection: Any) -> int | None:
+        return int(connection._connection._transport.get_extra_info("socket").fileno())
+
+    def server_pid(self, connection: Any) -> int | None:
+        return int(connection._connection.get_server_pid())
+
+    def in_transaction(self, connection: Any) -> bool | None:
+        return bool(connection._connection.is_in_transaction())
+
+    def settings(self, connection: Any) -> Settings | None:
+        names = ("isolation_level", "_isolation_setting", "readonly", "deferrable")
+        return {name: getattr(connection, name) for name in names}
+
+
+class _MySQL(Driver):
     def server_pid(self, connection: Any) -> int | None:
         return int(connection.thread_id())
 
@@ -122,13 +172,20 @@ _KNOWN: dict[str, Driver] = {
     "MySQLdb": _MySQL(),
     "sqlite3": _SQLite(),
 }
+_UNDER_ADAPTER: dict[str, Driver] = {
+    "psycopg": _AsyncPsycopg(),
+    "asyncpg": _AsyncPG(),
+}
 _UNKNOWN = Driver()
 
 
 def driver_of(connection: object) -> Driver:
     """Return the driver of a connection, told by the package its class or a base of it is from."""
+    known = _KNOWN
+    if isinstance(connection, AdaptedConnection):  # of SQLAlchemy's asyncio
+        known, connection = _UNDER_ADAPTER, connection.driver_connection
     for base in type(connection).__mro__:
-        driver = _KNOWN.get(base.__module__.partition(".")[0])
+        driver = known.get(base.__module__.partition(".")[0])
         if driver is not None:
             return driver
     return _UNKNOWN

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import add
 
@@ -38,6 +38,8 @@ _ROWS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS = range(LOCK_SIZE // 8, LOCK
 _DEPARTED = LOCK_SIZE // 8 + 8
 """Two buffers for the sums of the departed, of which the number of flips tells the one that counts. The
 next sums are made in the other one: whoever is killed meanwhile has changed nothing."""
+
+_ASKED, _ANSWER = 1, 2  # what stands for the server's limit: 0, then the one, then the other plus the limit
 
 # -- a buffer of the departed: these, then a row
 
@@ -195,11 +197,13 @@ class Family:
     @property
     def server_max_connections(self) -> int | None:
         """The server's ``max_connections``; None as long as no process knows it."""
-        return self._words[_SERVER_MAX] or None
+        return max(self._words[_SERVER_MAX] - _ANSWER, 0) or None
 
-    @server_max_connections.setter
-    def server_max_connections(self, value: int) -> None:
-        self._words[_SERVER_MAX] = value
+    def learn_server_max_connections(self, ask: Callable[[], int | None]) -> None:
+        """Have the server asked, once in the family's life; an error is `ask`'s, and the answer None."""
+        if self._words[_SERVER_MAX] == 0:
+            self._words[_SERVER_MAX] = _ASKED
+            self._words[_SERVER_MAX] = _ANSWER + (ask() or 0)
 
     def exceeds_server(self, name: str) -> FamilyStats | None:
         """Return the family's figures if its processes may have more connections than the server takes;

@@ -206,6 +206,10 @@ def settle() -> None:
 
 
 def _before() -> None:
+    if flag[0] == WIPED:
+        # A child forked in C that forks before it uses a pool: the gate it has is its parent's, whose
+        # threads may have left it locked (test_a_child_that_never_noticed_its_fork_can_fork).
+        notice()
     gate.before_fork()
     writers.hold()  # last: a thread whose connect is waited for may log
 

@@ -207,16 +207,31 @@ class Inheritance:
         error_class: type[ForeignConnectionError] = ForeignConnectionError
         if isinstance(operational_error, type):
             error_class = foreign_error_for(operational_error)
-        error = error_class(
+        _make_known_as_disconnect(self.pool._dialect)
+        return error_class(
             message,
             connection_id=self.tag.connection_id,
             owner_pid=self.tag.owner_pid,
             pid=pid,
             state=self.state,
         )
-        # SQLAlchemy's dialects for MySQL recognise a disconnect by the first argument.
-        error.args = self._driver.error_arguments(message)
-        return error
+
+
+def _make_known_as_disconnect(dialect: Any) -> None:
+    """Have a dialect take a `ForeignConnectionError` for a disconnect.
+
+    Each has ways of its own to know one: numbers, texts, a question to the connection. This process's
+    dialect gets one more, once there is such an error; an event would cost every statement.
+    """
+    is_disconnect = getattr(dialect, "is_disconnect", None)
+    if is_disconnect is None or hasattr(is_disconnect, "pidpool_knows"):
+        return  # of a pool without an engine, or done
+
+    def knows_foreign_connection(error: Exception, connection: Any, cursor: Any) -> bool:
+        return isinstance(error, ForeignConnectionError) or bool(is_disconnect(error, connection, cursor))
+
+    knows_foreign_connection.pidpool_knows = True  # type: ignore[attr-defined]
+    dialect.is_disconnect = knows_foreign_connection
 
 
 class DisownedConnection:
@@ -254,6 +269,17 @@ class DisownedConnection:
         """True, as `closed`; psycopg 3 has this one too."""
         now = self.pidpool_inheritance.replaced_by()
         return True if now is None else now.broken
+
+    @property
+    def _connection(self) -> Any:
+        """asyncpg's own connection: its dialect asks that whether it is closed, after every error."""
+        inheritance = self.pidpool_inheritance
+        if inheritance.replaced_by() is None and not inheritance.may_be_replaced():
+            return self
+        return inheritance.replacement()._connection
+
+    def is_closed(self) -> bool:
+        return bool(self.closed)
 
     def rollback(self) -> None:
         now = self.pidpool_inheritance.replaced_by()

@@ -75,7 +75,7 @@ class Holding:
         self._connection: weakref.ref[Any] | None
         try:
             self._connection = weakref.ref(connection, self._collected)
-        except TypeError:  # a driver whose connections can't be referred to weakly (pyodbc)
+        except TypeError:  # can't be referred to weakly: pyodbc's, SQLAlchemy's asyncio adapters
             self._connection = None
 
     def record(self) -> Any:
@@ -86,6 +86,10 @@ class Holding:
         """Return the driver's connection, or None if it was collected."""
         if self._connection is not None:
             return self._connection()
+        # By what holds it, past the checks of a detached fairy: a child may ask while it adopts.
+        if self.detached is not None:
+            fairy = self.detached()
+            return None if fairy is None else fairy._held
         record = self._record()
         return None if record is None else record.dbapi_connection
 
@@ -166,14 +170,16 @@ def tag_of(
     :return: None if `x` holds no connection now, being closed or invalidated.
     :raises TypeError: if `x` is none of these, or not of a `PidPool`.
     """
-    proxied: Any = getattr(x, "sync_connection", x)  # AsyncConnection
+    proxied: Any = x
+    if hasattr(x, "sync_connection"):  # AsyncConnection; None before it is started
+        proxied = x.sync_connection
+        if proxied is None:
+            return None
     if isinstance(proxied, Connection):
         # Not `.connection`: that reconnects after an invalidation.
         proxied = proxied._dbapi_connection
         if proxied is None:
             return None
-    if proxied is None:
-        return None
     try:
         holding: Holding | None = proxied.pidpool_holding
     except AttributeError:

@@ -23,7 +23,7 @@ from sqlalchemy.util import queue as sqlalchemy_queue
 from pidpool import fork, inherited, overdue, ownership, places, rows
 from pidpool.adoption import Adoption, Fork, forkable, renew_first_connect
 from pidpool.checkouts import Checkout
-from pidpool.drivers import Driver, Settings
+from pidpool.drivers import Driver, Settings, driver_of
 from pidpool.errors import ForeignCheckoutError
 from pidpool.family import Family
 from pidpool.fork import SETTLED, WIPED, flag
@@ -132,9 +132,20 @@ class PidPool(QueuePool):
             connection = invoke(record)
             record.hold(ownership.take(connection, record, sever=self.inherited_sockets == "sever"))
             inherited.prepare_to_sever()
+            self._learn_max_connections(connection)
             return connection
 
         return open_and_tag
+
+    def _learn_max_connections(self, connection: Any) -> None:
+        """Ask the server how many connections it takes: once in a family, before anybody else has the
+        connection."""
+        try:
+            self._telemetry.family.learn_server_max_connections(
+                lambda: driver_of(connection).max_connections(connection)
+            )
+        except Exception:
+            self.logger.debug("The server's max_connections could not be read", exc_info=True)
 
     def _create_connection(self) -> ConnectionPoolEntry:
         return PidRecord(self)
@@ -187,6 +198,7 @@ class PidPool(QueuePool):
         bucket = (waited_ns >> 10).bit_length()  # rows.bucket(), without the call
         record: Any = fairy._connection_record
         record.holding.checked_out = record
+        record.out_since = now
         slot = record.slot
         slot[rows.WAIT + (bucket if bucket < rows.LAST_BUCKET else rows.LAST_BUCKET)] += 1
         slot[rows.WAIT_SUM] += waited_ns
@@ -244,10 +256,11 @@ class PidPool(QueuePool):
         if entry.checkout_told is not None:
             entry.checkout_told.tell_return()
             entry.checkout_told = None
-        slot = entry.slot
-        if slot[rows.THREAD]:
+        if entry.out_since:
             now = time.perf_counter_ns()
-            used = now - slot[rows.IN_STATE_SINCE]
+            used = now - entry.out_since
+            entry.out_since = 0
+            slot = entry.slot
             bucket = (used >> 10).bit_length()
             slot[rows.USE + (bucket if bucket < rows.LAST_BUCKET else rows.LAST_BUCKET)] += 1
             slot[rows.USE_SUM] += used

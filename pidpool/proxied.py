@@ -17,6 +17,7 @@ from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, _finalize_
 from pidpool import fork, rows
 from pidpool.fork import WIPED, flag
 from pidpool.inherited import DisownedConnection
+from pidpool.streams import StreamCursor
 
 if TYPE_CHECKING:
     from pidpool.checkouts import Checkout
@@ -37,6 +38,7 @@ class PidRecord(_ConnectionRecord):
         "inherited",
         "closed_reason",
         "checkout_told",
+        "out_since",
         "row",
         "slot_number",
         "slot",
@@ -46,6 +48,8 @@ class PidRecord(_ConnectionRecord):
     inherited: bool
     closed_reason: ClosedReason
     checkout_told: Checkout | None
+    out_since: int
+    """`time.perf_counter_ns()` of the checkout; 0 while it is idle."""
     row: rows.Row
     slot_number: int
     slot: memoryview
@@ -56,6 +60,7 @@ class PidRecord(_ConnectionRecord):
         self.inherited = False
         self.closed_reason = "recycled"
         self.checkout_told = None
+        self.out_since = 0
         self.row = row = pool._telemetry.row
         self.slot_number, self.slot = row.take_slot(self)
         super().__init__(pool, connect)
@@ -67,7 +72,7 @@ class PidRecord(_ConnectionRecord):
         """Note, in a child, that this entry is the parent's, and so are the words where it counts."""
         self.inherited = True
         self.slot = rows.SCRATCH
-        self.slot_number = 0
+        self.slot_number = self.out_since = 0
         self.checkout_told = None
 
     def hold(self, holding: Holding) -> None:
@@ -221,7 +226,9 @@ class PidFairy(_ConnectionFairy):
     # Not by __getattr__, which costs more.
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        return self.dbapi_connection.cursor(*args, **kwargs)
+        cursor = self.dbapi_connection.cursor(*args, **kwargs)
+        # Named, as psycopg2 and psycopg have it.
+        return StreamCursor(cursor) if (args and args[0]) or kwargs.get("name") else cursor
 
     def commit(self) -> None:
         self.dbapi_connection.commit()

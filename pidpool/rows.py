@@ -245,9 +245,11 @@ def read(
     used = taken = 0
     for first in range(HEAD, len(words), SLOT):
         slot = words[first : first + SLOT]
+        if first == HEAD:
+            continue  # the one that entries share
         taken += slot[TAKEN]
         used += slot[THREAD] != 0
-        if first == HEAD or not slot[_NUMBER] or slot[_BEGIN] != slot[_END]:
+        if not slot[_NUMBER] or slot[_BEGIN] != slot[_END]:
             continue
         tag = ConnectionTag(
             connection_id=f"{words[PID]}-{slot[_NUMBER]}",

@@ -64,6 +64,15 @@ class Telemetry:
         """A connection was opened; `create_time` in seconds, connect events included."""
         self.row.add_opened(int(create_time * 1e9))
         self._emit("info", "connection.opened", tag, create_time=round(create_time, 6))
+        over = self.family.exceeds_server(self.pool)
+        if over is not None:
+            self._emit(
+                "warning",
+                "family.over_maximum",
+                processes=over.alive,
+                maximum=over.maximum,
+                server_max_connections=over.server_max_connections,
+            )
 
     def connection_checked_out(self, tag: ConnectionTag, wait_time: float) -> None:
         """A checkout succeeded; `wait_time` in seconds, with pre-ping and connecting where needed.

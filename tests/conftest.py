@@ -52,6 +52,7 @@ def table(postgres: EmbeddedPostgres) -> Iterator[str]:
     """An empty table `kept (v text)`, dropped afterwards."""
     engine = create_engine(postgres.url(tls=False))
     with engine.begin() as connection:
+        connection.execute(text("set local lock_timeout = '10s'"))
         connection.execute(text("drop table if exists kept"))
         connection.execute(text("create table kept (v text)"))
     yield "kept"

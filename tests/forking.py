@@ -41,8 +41,9 @@ def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", 
         pid = fork(how)
         if pid == 0:
             os.close(reader)
+            # Dumps all stacks at SIGABRT. Not by a timer, since that is a thread, with a lock that a
+            # grandchild would inherit locked.
             faulthandler.enable(file=stacks)
-            faulthandler.dump_traceback_later(life, file=stacks)
             code = 1
             try:
                 try:
@@ -58,10 +59,12 @@ def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", 
                 os._exit(code)
         os.close(writer)
         try:
-            answer, hung = _read_all(reader, time.monotonic() + life + 2)
+            answer, hung = _read_all(reader, time.monotonic() + life)
         finally:
             os.close(reader)
         if hung:
+            os.kill(pid, signal.SIGABRT)
+            _wait_for(pid, 2.0)
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if hung or not answer:
@@ -73,6 +76,15 @@ def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", 
         raise ChildFailed(f"child {pid} raised:\n{value}")
     assert status == 0
     return value
+
+
+def _wait_for(pid: int, seconds: float) -> None:
+    """Return when the child has ended, still to be reaped, or after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.01)
 
 
 def _read_all(reader: int, deadline: float) -> tuple[bytes, bool]:

@@ -46,16 +46,24 @@ class Parent:
         if state == "idle":
             self.connection.close()
             self.connection = None
-        self._bytes = bytes_on_the_wire(self.fd)
+        self.goes_on()
         self._raw = None if self.connection is None else self.connection.connection.dbapi_connection
 
     def _transaction_id(self) -> Any:
         assert self.connection is not None
         return self.connection.execute(text("select txid_current()")).scalar_one()
 
+    def goes_on(self) -> None:
+        """Note that the test has used the connection in this process itself."""
+        self._bytes = bytes_on_the_wire(self.fd)
+
+    def has_heard_nothing(self) -> None:
+        """Check that no byte has passed on the connection, by whichever process."""
+        assert bytes_on_the_wire(self.fd) == self._bytes
+
     def notices_nothing(self) -> None:
         """Check that the connection is as it was before the fork, and use it to the end."""
-        assert bytes_on_the_wire(self.fd) == self._bytes
+        self.has_heard_nothing()
         if self.connection is None:
             self.connection = self.engine.connect()
         else:

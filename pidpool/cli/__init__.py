@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,9 +25,14 @@ MISSING = 2
 
 def main() -> None:
     """Run the command."""
-    with needing("cli"):
+    with needing(_extra_of(sys.argv[1:])):
         commands = _group()
     commands()
+
+
+def _extra_of(arguments: Sequence[str]) -> str:
+    """Return the extra that brings all that the command line asks for, to be named at once."""
+    return "demo" if arguments[:1] == ["demo"] else "cli"
 
 
 class needing:
@@ -64,7 +70,7 @@ def _group() -> click.Group:
         def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
             if cmd_name not in _COMMANDS:
                 return None
-            with needing("cli"):
+            with needing(_extra_of([cmd_name])):
                 module = importlib.import_module(f"pidpool.cli.{cmd_name}")
             command: click.Command = module.command
             return command
