@@ -54,15 +54,12 @@ def answer(scale: Scale) -> Answer:
     family = PidPool(fake_driver.Connection)._telemetry.family
     row = family._row_words * 8
     rows.append(Row("the family's memory, per process", f"{row:,} bytes for a pool of 5 + 10"))
-    panel = Panel(
-        "Memory per pooled connection",
-        "bytes",
-        list(measured),
-        {
-            "idle": [idle for idle, _ in measured.values()],
-            "more while checked out": [checked_out for _, checked_out in measured.values()],
-        },
-    )
+    bars = {
+        label: value
+        for name, (idle, checked_out) in measured.items()
+        for label, value in ((name, idle), (f"{name}, more while checked out", checked_out))
+    }
+    panel = Panel("Memory per pooled connection", "bytes", list(bars), {"": list(bars.values())})
     return Answer(QUESTION, READING, rows, [panel])
 
 

@@ -72,14 +72,15 @@ def write_plot(answers: Sequence[Answer], path: Path) -> None:
     panels = [panel for answer in answers for panel in answer.panels]
     columns = 2
     rows = -(-len(panels) // columns)
-    figure, grid = pyplot.subplots(rows, columns, figsize=(12, 3.6 * rows), squeeze=False)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(12, 3.6 * rows), squeeze=False, layout="constrained"
+    )
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, panel in zip(grid.flat, panels, strict=False):
         (_bars if isinstance(panel.x[0], str) else _lines)(axes, panel)
         axes.set_title(panel.title, loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     # matplotlib ends lines with spaces, which an editor would take away.
@@ -88,18 +89,21 @@ def write_plot(answers: Sequence[Answer], path: Path) -> None:
 
 def _bars(axes, panel: Panel) -> None:  # type: ignore[no-untyped-def]
     """Horizontal: one group for each name in `x`, one bar in it for each series."""
-    height = 0.8 / len(panel.series)
+    height = min(0.8, 0.2 * len(panel.x)) / len(panel.series)
     for number, (name, values) in enumerate(panel.series.items()):
         at = [place + (number - (len(panel.series) - 1) / 2) * height for place in range(len(panel.x))]
         colours = [_COLOURS.get(each, _COLOURS.get(name, "#8d99ae")) for each in panel.x]
         bars = axes.barh(at, values, height=height * 0.9, color=colours, label=name)
         axes.bar_label(bars, fmt="{:,.3g}" if max(values) < 1000 else "{:,.0f}", padding=3, fontsize=8)
     axes.set_yticks(range(len(panel.x)), panel.x, fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(panel.x) - 0.4, -0.6)
     axes.margins(x=0.15)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(panel.y_label, fontsize=9)
     if len(panel.series) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        # Below: beside the bars there is no place that is free in every panel.
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
 
 
 def _lines(axes, panel: Panel) -> None:  # type: ignore[no-untyped-def]
