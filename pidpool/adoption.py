@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from pidpool import fork, inherited, ownership
+from pidpool import fork, inherited, ownership, rows
 from pidpool.inherited import DisownedConnection, Inheritance
 from pidpool.ownership import ConnectionTag, Holding
 from pidpool.proxied import PidFairy, PidRecord
@@ -94,17 +94,19 @@ def _open_connections() -> Iterator[_Open]:
 
 
 def _note_fork() -> None:
-    forks: dict[int, Fork] = {}
+    for row in {pool._telemetry.row for pool in list(forkable)}:  # a pool's successors share it
+        row.add(rows.FORKS)
+    forks: dict[int, tuple[PidPool, Fork]] = {}
     for each in _open_connections():
         if each.pool is None:
             continue
-        noted = forks.setdefault(id(each.pool), Fork())
+        _, noted = forks.setdefault(id(each.pool), (each.pool, Fork()))
         state = each.state
         noted.idle += state == inherited.IDLE
         noted.checked_out += state != inherited.IDLE
         noted.in_transaction += state == inherited.IN_TRANSACTION
-    for pool in list(forkable):
-        pool._note_fork(forks.get(id(pool)))
+    for pool, noted in forks.values():
+        pool._unreported.append(noted)
     if forks and fork.flag[0] == fork.SETTLED:
         fork.flag[0] = fork.UNREPORTED
 

@@ -170,13 +170,12 @@ class Family:
         return self._read_row(rows.copy(row.words), name)
 
     def _read_row(self, row: memoryview, name: str) -> PoolStats:
-        own = row[rows.PID] in (0, os.getpid())
+        alive = _lives(row[rows.PID], row[rows.JOINED])
         names = {}
-        if own:
+        if alive and row[rows.PID] == os.getpid():
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
-        alive = own or _lives(row[rows.PID], row[rows.JOINED])
         return rows.read(row, name, self._shape, alive=alive, thread_names=names)
 
     def _copies(self) -> Iterator[tuple[int, memoryview]]:

@@ -183,7 +183,7 @@ def notice(trigger: Trigger = "lazy") -> None:
             in_flight = gate.in_flight(threading.get_ident())
             for adopt in _in_child:
                 adopt(trigger, in_flight)
-            writers.renew()
+            writers.renew(in_hook=trigger == "hook")
             process = Process.this()
             gate = _Gate()
             flag[0] = UNREPORTED  # last: if this is interrupted, the next check begins again

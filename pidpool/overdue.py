@@ -24,7 +24,8 @@ def watch(due_at: float) -> None:
     """See to it that somebody looks at the checkouts when a new one is due (`time.perf_counter()`)."""
     if _to_start:
         _start()
-    if due_at < _next_look:
+    # One wake is enough: the thread takes it before it looks.
+    if due_at < _next_look and _wake.empty():
         _wake.put(None)
 
 

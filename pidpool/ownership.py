@@ -183,8 +183,9 @@ def tag_of(
     try:
         holding: Holding | None = proxied.pidpool_holding
     except AttributeError:
+        # Not its repr: a driver's shows the DSN.
         raise TypeError(
-            f"{x!r} has no tag: tag_of() takes a Connection, AsyncConnection, pooled connection or pool "
-            "entry of an engine made with poolclass=PidPool"
+            f"a {type(x).__name__} has no tag: tag_of() takes a Connection, AsyncConnection, pooled "
+            "connection or pool entry of an engine made with poolclass=PidPool"
         ) from None
     return None if holding is None else holding.tag

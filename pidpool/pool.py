@@ -61,10 +61,15 @@ class PidPool(QueuePool):
     :param hold_warning: seconds; a checkout that lasts longer logs ``checkout.overdue`` once, with the
         line of code that made it, and ``checkout.returned_late`` when it ends. None: no such watch,
         and nothing is paid for it. Else a daemon thread watches, started with the first checkout.
-    :param logger: a structlog logger for the pool's events instead of ``structlog.get_logger("pidpool")``.
+    :param logger: a structlog or stdlib logger for the pool's events instead of structlog's own, or, where
+        that is not configured, of ``logging.getLogger("pidpool")``.
     :raises ValueError: if an option has a value that it does not take.
     :raises TypeError: if an option has a value of the wrong type.
     """
+
+    # SQLAlchemy's own lines stay below its own loggers: `pidpool` is for events alone, and SQLAlchemy's
+    # DEBUG lines show the driver's repr of a connection, DSN included.
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.PidPool"
 
     on_foreign: Literal["replace", "refuse"]
     inherited_sockets: Literal["sever", "keep"]
@@ -218,7 +223,7 @@ class PidPool(QueuePool):
             self._telemetry.connection_checked_out(holding.tag, waited)
         if self.hold_warning is not None:
             checkout.place = places.caller()
-            checkout.context = copy_context()
+            checkout.to_tell = [copy_context()]
             checkout.due_at = now + self.hold_warning
             overdue.watch(checkout.due_at)
 
@@ -292,18 +297,21 @@ class PidPool(QueuePool):
         if flag[0] != SETTLED:
             fork.settle()
         checked_out, closed = max(0, self.checkedout()), 0
-        while True:
-            try:
-                record = cast(PidRecord, self._pool.get(False))
-            except sqlalchemy_queue.Empty:
-                break
-            closed += record.dbapi_connection is not None
-            record.closed_reason = "disposed"
-            record.close()
+        # Told at the end: a log handler that uses this pool would open what is to be closed.
+        with self._telemetry.deferred():
+            while True:
+                try:
+                    record = cast(PidRecord, self._pool.get(False))
+                except sqlalchemy_queue.Empty:
+                    break
+                closed += record.dbapi_connection is not None
+                record.closed_reason = "disposed"
+                record.close()
         self._overflow = 0 - self.size()
         # A child that disposes starts afresh, also if it keeps this pool instead of the new one.
         self._refusal = None
         self.logger.info("Pool disposed. %s", self.status())
+        self._telemetry.emit_deferred()
         self._telemetry.pool_disposed(closed, checked_out)
 
     def recreate(self) -> PidPool:
@@ -382,12 +390,6 @@ class PidPool(QueuePool):
         return self._telemetry.row.records()
 
     # -- in a child
-
-    def _note_fork(self, noted: Fork | None) -> None:
-        """Count a fork, in the parent's at-fork hook; told of if there were connections."""
-        self._telemetry.row.add(rows.FORKS)
-        if noted is not None:
-            self._unreported.append(noted)
 
     def _start_from_zero(self, adoption: Adoption) -> None:
         """Replace everything that another thread may have held at the fork; runs in the at-fork hook."""

@@ -200,7 +200,8 @@ def name_connection(slot: memoryview, tag: ConnectionTag | None) -> None:
             int(tag.connection_id.partition("-")[2]),
             _NONE if tag.fd is None else tag.fd,
             _NONE if tag.socket_inode is None else tag.socket_inode,
-            _NONE if tag.server_pid is None else tag.server_pid,
+            # PgBouncer gives random ones, which libpq hands on as signed numbers.
+            _NONE if tag.server_pid is None else tag.server_pid & _NONE,
             int(tag.opened_at * 1e6),
         )
     _identity.pack_into(slot, _BEGIN * 8, change, *numbers, change)
@@ -256,7 +257,7 @@ def read(
             owner_pid=words[PID],
             fd=_or_none(slot[_FD]),
             socket_inode=_or_none(slot[_INODE]),
-            server_pid=_or_none(slot[_SERVER_PID]),
+            server_pid=_signed_or_none(slot[_SERVER_PID]),
             opened_at=slot[_OPENED_AT] / 1e6,
         )
         thread = slot[THREAD] or None
@@ -329,3 +330,7 @@ def _column(words: list[int], histogram: int) -> tuple[int, ...]:
 
 def _or_none(word: int) -> int | None:
     return None if word == _NONE else word
+
+
+def _signed_or_none(word: int) -> int | None:
+    return _or_none(word) if word == _NONE or word < 1 << 63 else word - (1 << 64)

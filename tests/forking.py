@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Literal
 
-How = Literal["python", "c"]
+How = Literal["python", "c", "c with child hooks"]
 
 LIFE = 30.0
 """Seconds after which a child counts as hung: its stacks are dumped, then it is killed."""
@@ -30,8 +30,14 @@ class ChildFailed(AssertionError):
 
 
 def fork(how: How) -> int:
-    """Fork through Python, with its at-fork hooks, or in C, with none."""
-    return os.fork() if how == "python" else _libc_with_gil.fork()
+    """Fork through Python, with its at-fork hooks; in C, with none; or in C with the hooks of the child
+    alone (uWSGI's ``py-call-osafterfork``)."""
+    if how == "python":
+        return os.fork()
+    pid: int = _libc_with_gil.fork()
+    if pid == 0 and how == "c with child hooks":
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    return pid
 
 
 def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", life: float = LIFE) -> Any:

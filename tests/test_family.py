@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from conftest import MakeEngine
 from forking import How, fork, run_in_child
 from sqlalchemy import text
 
-from pidpool import PidPool
+from pidpool import PidPool, rows
 from pidpool import family as family_module
 from pidpool.family import Family
 from pidpool.stats import BOUNDS, Counters, FamilyStats, Histogram
@@ -42,6 +43,34 @@ def process(stats: FamilyStats, pid: int) -> Any:
     found = [each for each in stats.processes if each.pid == pid]
     assert len(found) == 1, stats
     return found[0]
+
+
+def counted(pool: PidPool, pid: int) -> tuple[int, int]:
+    """Return a process's checkouts and checkins; zeros before it has joined."""
+    for each in pool.family_stats().processes:
+        if each.pid == pid:
+            return each.counters.checkouts, each.counters.checkins
+    return 0, 0
+
+
+@contextlib.contextmanager
+def living_child(function: Callable[[], None], how: How = "python") -> Iterator[int]:
+    """Fork a child that calls `function` and lives on until it is killed here, at the latest."""
+    pid = fork(how)
+    if pid == 0:
+        try:
+            function()
+            while True:
+                signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -174,9 +203,9 @@ def test_every_process_sees_the_family(tls_url: str, make_engine: MakeEngine, ho
         return os.getpid()
 
     def child() -> tuple[int, int, FamilyStats]:
-        pid = run_in_child(grandchild, how=how)
         with engine.connect() as connection:
             connection.execute(text("select 1"))
+        pid = run_in_child(grandchild, how=how)
         seen = engine.pool.family_stats()  # type: ignore[attr-defined]
         engine.dispose()
         return os.getpid(), pid, seen
@@ -189,7 +218,7 @@ def test_every_process_sees_the_family(tls_url: str, make_engine: MakeEngine, ho
         assert process(stats, grandchild_pid).parent_pid == child_pid
         assert not process(stats, grandchild_pid).alive
         assert stats.counters.checkouts == 3
-        assert stats.counters.inherited == {"idle": 0, "no transaction": 0, "in transaction": 2, "unknown": 0}
+        assert stats.counters.inherited == {"idle": 1, "no transaction": 0, "in transaction": 1, "unknown": 0}
         assert stats.counters.severed == 2
         trigger = {"python": "hook", "c": "lazy"}[how]
         assert stats.counters.adoptions[trigger] == 2
@@ -203,17 +232,17 @@ def test_every_process_sees_the_family(tls_url: str, make_engine: MakeEngine, ho
 
 def test_a_killed_process_is_seen_with_what_it_counted() -> None:
     pool = fake_pool()
-    pid = os.fork()
-    if pid == 0:
+    held = []
+
+    def child() -> None:
         use(pool, 7)
-        held = pool.connect()
-        while held is not None:
-            signal.pause()
-    wait_for(lambda: process(pool.family_stats(), pid).counters.checkouts == 8)
-    assert process(pool.family_stats(), pid).used == 1
-    os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not process(pool.family_stats(), pid).alive)  # a zombie has ended
-    os.waitpid(pid, 0)
+        held.append(pool.connect())
+
+    with living_child(child) as pid:
+        wait_for(lambda: counted(pool, pid) == (8, 7))
+        assert process(pool.family_stats(), pid).used == 1
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not process(pool.family_stats(), pid).alive)  # a zombie has ended
     killed = process(pool.family_stats(), pid)
     assert not killed.alive and killed.used == 0
     assert (killed.counters.checkouts, killed.counters.checkins) == (8, 7)
@@ -275,33 +304,24 @@ def test_who_ended_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_processes_than_rows_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family_module, "ROWS", 3)
     pool = fake_pool()
-    reader, writer = os.pipe()
-    pids = []
-    for _ in range(5):
-        pid = os.fork()
-        if pid == 0:
-            os.close(writer)
-            use(pool, 2)
-            assert pool.stats().counters.checkouts == 2
-            os.read(reader, 1)  # until the parent has seen it
-            os._exit(0)
-        pids.append(pid)
-    wait_for(lambda: pool.family_stats().counters.checkouts == 4)
-    stats = pool.family_stats()
-    assert stats.unlisted == 3 and stats.alive == 3
-    os.close(writer)
-    for pid in pids:
-        assert os.waitpid(pid, 0)[1] == 0
-    os.close(reader)
+
+    def child() -> None:
+        use(pool, 2)
+        assert pool.stats().counters.checkouts == 2
+
+    with contextlib.ExitStack() as children:
+        for _ in range(5):
+            children.enter_context(living_child(child))
+        wait_for(lambda: pool.family_stats().counters.checkouts == 4)
+        wait_for(lambda: pool.family_stats().unlisted == 3)
+        assert pool.family_stats().alive == 3
 
 
-def test_a_reused_pid_is_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reused_pid_is_another_process() -> None:
     memory = Family(5, 10)
     memory.join()
     old = memory.join(parent_pid=os.getpid())
     # As if it had joined before this process, whose pid it has, was started.
-    from pidpool import rows
-
     old.words[rows.JOINED] = 1
     processes = memory.read("pool").processes
     assert [each.alive for each in processes] == [False, True]
@@ -328,16 +348,16 @@ def test_who_holds_the_lock_for_long_is_not_waited_for() -> None:
     memory = Family(5, 10)
     memory.join()
     reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+
+    def child() -> None:
         with memory._lock.held(1):
             os.write(writer, b"x")
             signal.pause()
-    os.read(reader, 1)
-    memory.join(parent_pid=os.getpid())
-    assert memory.read("pool").unlisted == 1
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+
+    with living_child(child):
+        assert os.read(reader, 1) == b"x"
+        memory.join(parent_pid=os.getpid())
+        assert memory.read("pool").unlisted == 1
     os.close(reader)
     os.close(writer)
 
@@ -351,12 +371,12 @@ def storm(pool: PidPool, processes: int, seconds: float) -> None:
     def read() -> None:
         nonlocal reads
         last = Counters()
-        counted = ("opened", "checkouts", "checkins")
+        grows = ("opened", "checkouts", "checkins")
         while not stop.is_set():
             stats = pool.family_stats()
             counters = stats.counters
             # What is read one after the other may differ by what happened meanwhile; never go back.
-            torn.extend(name for name in counted if getattr(counters, name) < getattr(last, name))
+            torn.extend(name for name in grows if getattr(counters, name) < getattr(last, name))
             torn.extend(
                 repr(each)
                 for each in stats.processes
@@ -405,6 +425,9 @@ def storm(pool: PidPool, processes: int, seconds: float) -> None:
     finally:
         stop.set()
         reader.join(30)
+        for pid in alive:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     assert not reader.is_alive() and reads > 3
     assert torn == []
     stats = pool.family_stats()
@@ -460,15 +483,6 @@ def test_counters_add_up() -> None:
 
 def test_a_fork_in_c_is_in_the_family_from_its_first_use() -> None:
     pool = fake_pool()
-    reader, writer = os.pipe()
-    pid = fork("c")
-    if pid == 0:
-        use(pool)
-        os.write(writer, b"x")
-        signal.pause()
-    os.read(reader, 1)
-    assert process(pool.family_stats(), pid).parent_pid == os.getpid()
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.close(reader)
-    os.close(writer)
+    with living_child(lambda: use(pool), how="c") as pid:
+        wait_for(lambda: counted(pool, pid) == (1, 1))
+        assert process(pool.family_stats(), pid).parent_pid == os.getpid()

@@ -28,7 +28,8 @@ from forking import How, run_in_child
 from parent import Parent, server_pid
 from sqlalchemy import Column, Engine, Integer, String, event, text
 from sqlalchemy import select as sql_select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, StatementError
+from sqlalchemy.exc import TimeoutError as CheckoutTimeoutError
 from sqlalchemy.orm import Session, declarative_base
 from test_matrix import ACTIONS, STATES, behave
 
@@ -877,6 +878,69 @@ def test_raw_connections_as_sqlalchemys(engine: Engine, how: How) -> None:
     assert open_transaction.driver_connection.info.transaction_status == 2  # INTRANS
     proxied.close()
     open_transaction.close()
+
+
+DOORS = {
+    "dbapi_connection.close": lambda connection: raw(connection).close(),
+    "proxied.close": lambda connection: connection.connection.close(),
+    "proxied.rollback": lambda connection: connection.connection.rollback(),
+    "proxied.detach": lambda connection: connection.connection.detach(),
+    "proxied.invalidate": lambda connection: connection.connection.invalidate(),
+    "connection.detach": lambda connection: connection.detach(),
+    "connection.info": lambda connection: connection.info,
+    "is_valid": lambda connection: connection.connection.is_valid,
+}
+
+
+@both_hows
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_of_a_pooled_connection_asks_whose_it_is(engine: Engine, door: str, how: How) -> None:
+    parent = Parent(engine, "in transaction")
+
+    def child() -> None:
+        DOORS[door](parent.connection)
+        parent.connection.close()
+        parent.connection = None
+        engine.dispose()
+        gc.collect()
+
+    run_in_child(child, how=how)
+    parent.notices_nothing()
+
+
+@both_hows
+def test_a_replacement_waits_its_turn_and_may_fail(tls_url: str, make_engine: MakeEngine, how: How) -> None:
+    """The error is what SQLAlchemy makes of it when it reconnects; the next use tries again."""
+    engine = make_engine(tls_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
+    parent = Parent(engine, "no transaction")
+    refused = []
+
+    @event.listens_for(engine, "do_connect")
+    def do_connect(dialect: Any, record: Any, arguments: Any, keywords: Any) -> None:
+        if refused:
+            raise dialect.loaded_dbapi.OperationalError("connection refused")
+
+    def child() -> None:
+        refused.append(True)
+        with pytest.raises(OperationalError, match="connection refused"):
+            server_pid(parent.connection)
+        refused.clear()
+        parent.connection.rollback()
+        other = engine.connect()
+        with pytest.raises(StatementError, match="QueuePool limit of size 1") as caught:
+            server_pid(parent.connection)
+        assert isinstance(caught.value.orig, CheckoutTimeoutError)
+        other.close()
+        parent.connection.rollback()
+        assert server_pid(parent.connection) != parent.server_pid
+        parent.connection.close()
+        assert (pool_of(engine).checkedin(), pool_of(engine).checkedout()) == (1, 0)
+        engine.dispose()
+
+    run_in_child(child, how=how)
+    assert server_pid(parent.connection) == parent.server_pid
+    parent.connection.close()
 
 
 # -- the end of a child

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,13 +63,8 @@ def use_and_leave(engine: Engine) -> int:
     return number
 
 
-@both_hows
-def test_forks_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine, how: How) -> None:
+def test_forks_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine) -> None:
     engine = make_engine(tls_url, pool_size=3, max_overflow=0, pool_timeout=BOUND)
-    if how == "c":
-        # No hook holds a fork in C back, so no connect may be in flight (DESIGN 5, 12).
-        for connection in [engine.connect() for _ in range(3)]:
-            connection.close()
     stop = threading.Event()
     turns = [0] * 8
     seen: set[int] = set()
@@ -80,12 +76,42 @@ def test_forks_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine,
 
     with threads(8, work):
         try:
-            children = {run_in_child(use_and_leave, engine, how=how) for _ in range(15)}
+            children = {run_in_child(use_and_leave, engine) for _ in range(15)}
         finally:
             stop.set()
     assert len(children) == 15 and not children & seen
     assert len(seen) == 3 and all(turns)
     assert engine.pool.checkedout() == 0
+
+
+def test_forks_in_c_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine) -> None:
+    """Threads that wait, on the pool or with a checkout: one that wanted the interpreter's own lock at the
+    fork would make any child hang that was forked in C without PyOS_AfterFork_Child()."""
+    engine = make_engine(tls_url, pool_size=3, max_overflow=0, pool_timeout=BOUND)
+    stop = threading.Event()
+    out = threading.Barrier(4, timeout=BOUND)
+    turns: list[int] = []
+
+    def work(number: int) -> None:
+        with engine.connect() as connection:
+            own = server_pid(connection)
+            if number < 3:
+                out.wait()
+                assert stop.wait(BOUND)
+            assert server_pid(connection) == own
+            turns.append(own)
+
+    with threads(3, work):
+        try:
+            out.wait()
+            with threads(5, lambda number: work(number + 3)):
+                time.sleep(0.3)  # they wait in the pool by now
+                children = {run_in_child(use_and_leave, engine, how="c") for _ in range(10)}
+                stop.set()
+        finally:
+            stop.set()
+    assert len(children) == 10 and not children & set(turns)
+    assert len(turns) == 8 and len(set(turns)) == 3
 
 
 class SlowCreator:
@@ -267,6 +293,33 @@ def test_a_connect_waits_until_a_fork_is_over(tls_url: str, make_engine: MakeEng
         finally:
             fork.gate.after_fork_in_parent()
     assert connected.is_set()
+
+
+@both_hows
+def test_a_fork_in_a_signal_handler_wherever_the_pool_is(
+    tls_url: str, make_engine: MakeEngine, how: How
+) -> None:
+    """The thread that forks may itself be in the middle of the pool, its locks held."""
+    engine = make_engine(tls_url, pool_size=1, max_overflow=0, pool_timeout=BOUND)
+    number = use(engine)
+    children: list[int] = []
+
+    def handle(signal_number: int, frame: object) -> None:
+        children.append(run_in_child(use_and_leave, engine, how=how))
+        if len(children) < 10:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.001)  # of this process's own time
+
+    before = signal.signal(signal.SIGVTALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.001)
+        deadline = time.monotonic() + BOUND
+        while len(children) < 10:
+            assert use(engine) == number
+            assert time.monotonic() < deadline
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+    assert len(children) == len({number, *children}) - 1 == 10
 
 
 @both_hows

@@ -1,0 +1,38 @@
+"""What an application hands to those who tell of its pools: engines, async engines and pools."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from sqlalchemy import Engine
+
+from pidpool.pool import PidPool
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    Source: TypeAlias = "Engine | AsyncEngine | PidPool"
+
+
+def checked(source: Source) -> Engine | PidPool:
+    """Return the engine or pool that a source is.
+
+    :raises TypeError: for anything else, and for an engine whose pool is no `PidPool`.
+    """
+    found = getattr(source, "sync_engine", source)
+    if not isinstance(found, Engine | PidPool):
+        raise TypeError(f"{source!r} is no engine and no PidPool; give options by their names")
+    pool = found.pool if isinstance(found, Engine) else found
+    if not isinstance(pool, PidPool):
+        raise TypeError(
+            f"the pool of {source!r} is a {type(pool).__name__}, which keeps no stats; "
+            "create the engine with poolclass=PidPool"
+        )
+    return found
+
+
+def pool_of(source: Engine | PidPool) -> PidPool:
+    """Return the pool as it is now: ``engine.dispose()`` puts a new one in the place of the old."""
+    pool = source.pool if isinstance(source, Engine) else source
+    assert isinstance(pool, PidPool)
+    return pool

@@ -1,0 +1,88 @@
+"""A headless Chromium for tests, with nothing of its own going on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
+
+T = TypeVar("T")
+PATIENCE = 30.0
+
+
+class Browser:
+    """A tab, and what the tests want to know of it."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+
+    def go(self, url: str) -> None:
+        self.driver.get(url)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(f"return {script}", *arguments)
+
+    def text(self, selector: str) -> str:
+        return str(self.run("document.querySelector(arguments[0]).innerText", selector))
+
+    def wait(self, condition: Callable[[], T], what: str) -> T:
+        return WebDriverWait(self.driver, PATIENCE, poll_frequency=0.1).until(lambda _: condition(), what)
+
+    def wait_for(self, selector: str) -> None:
+        self.wait(
+            lambda: self.run("document.querySelector(arguments[0]) !== null", selector), f"no {selector}"
+        )
+
+    def emulate(self, *, width: int = 1280, height: int = 1000, **media: str) -> None:
+        """Set the size of the window, and media features with ``_`` for ``-``."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def requested(self) -> list[str]:
+        """Return the URLs that the page asked for since the last call."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [
+            message["params"]["request"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
+        return [request["url"] for request in sent]
+
+    def complaints(self) -> list[str]:
+        """Return what the console says of errors since the last call, broken policies included."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Browser]:
+    """Run a browser with a fresh profile in the given directory."""
+    options = Options()
+    options.binary_location = shutil.which("chromium") or "chromium"
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver") or "chromedriver"))
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
