@@ -7,6 +7,7 @@ VENV ?= .venv
 REQUIRE ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 
@@ -17,13 +18,16 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --editable
 bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
 
-.PHONY: help demo test test-system sqlalchemy-suite lint format build clean
+.PHONY: help demo bench test test-system sqlalchemy-suite lint format build clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
 
 demo: $(VENV)/.demo ## fork over a real PostgreSQL with TLS: SQLAlchemy's pool, then pidpool
 	$(bin)/pidpool demo $(DEMO_ARGS)
+
+bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (BENCH_ARGS=--quick: see that it runs)
+	$(bin)/python -m bench $(BENCH_ARGS)
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
 	$(bounded) $(bin)/python -m pytest -m 'not system' $(PYTEST_ARGS)
@@ -58,6 +62,10 @@ $(VENV)/.demo: pyproject.toml
 	    { echo "$(PYTHON) can't make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(pip) '.[demo]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	$(pip) '.[bench]' $(if $(REQUIRE),'$(REQUIRE)')
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
