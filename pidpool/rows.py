@@ -14,6 +14,7 @@ all others are written under the row's lock.
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 import threading
 import time
@@ -23,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pidpool import fork
 from pidpool.ownership import ConnectionTag
 from pidpool.stats import BOUNDS, ConnectionStats, Counters, Histogram, PoolStats
 
@@ -83,19 +83,20 @@ HEAD = next(_words)
 TAKEN = 0
 """1 while a pool entry has the slot."""
 _BEGIN = 1
-_NUMBER, _FD, _INODE, _SERVER_PID, _OPENED_AT = range(2, 7)
-_END = 7
-IN_STATE_SINCE = 8
-"""`time.perf_counter_ns()` of the last checkout or checkin."""
-THREAD = 9
+_NUMBER, _FD, _INODE, _SERVER_PID, _OPENED_AT, _EARLIER = range(2, 8)
+# The last: how many checkouts the slot had counted of the connections before this one.
+_END = 8
+IN_STATE_SINCE = 9
+"""`time.perf_counter_ns()` when the connection was opened, or of its last checkout or checkin."""
+THREAD = 10
 """Who has checked the connection out, by `threading.get_ident()`; 0 while it is idle."""
-WAIT = 10
+WAIT = 11
 WAIT_SUM = WAIT + _BUCKETS
 USE = WAIT_SUM + 1
 USE_SUM = USE + _BUCKETS
 SLOT = USE_SUM + 1
 
-_identity = struct.Struct("7Q")
+_identity = struct.Struct("8Q")
 _NONE = (1 << 64) - 1  # stands for None, in unsigned words
 
 
@@ -121,7 +122,8 @@ class Row:
         # Reentrant, since a finalizer may count something inside any line here.
         self._lock = threading.RLock()
         self._free = list(range(slots - 1, 0, -1))
-        self._process = fork.current()
+        # Not the process as fork.py knows it: in an at-fork hook that still is the parent.
+        self._pid = os.getpid()
         self._records: dict[int, weakref.ref[PidRecord]] = {}
 
     def records(self) -> list[PidRecord]:
@@ -130,7 +132,9 @@ class Row:
         return [record for record in found if record is not None]
 
     def add(self, word: int, count: int = 1) -> None:
-        """Add to a count of the process."""
+        """Add to a count of the process; nothing is done in any other one."""
+        if os.getpid() != self._pid:
+            return  # before the lock, which the fork may have copied in a locked state
         with self._lock:
             self.words[word] += count
 
@@ -149,13 +153,16 @@ class Row:
 
     def add_opened(self, create_time: int) -> None:
         """Count a connection that took `create_time` nanoseconds to open."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self.words[_CREATE + bucket(create_time)] += 1
             self.words[_CREATE_SUM] += create_time
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count this thread among those that wait for a connection."""
+        """Count this thread among those that wait for a connection; also where a copy of it goes on in a
+        forked child, as a greenlet's does."""
         self.add(WAITING)
         try:
             yield
@@ -165,28 +172,30 @@ class Row:
     def take_slot(self, record: PidRecord) -> tuple[int, memoryview]:
         """Give a pool entry a slot: its number and its words.
 
-        Slot 0 is for all entries beyond the number of slots. What they count is right, since no other
-        thread of CPython's comes between the reading and the writing of a word; which connection it is
-        can't be told of them.
+        Slot 0 is for all entries beyond the number of slots, and TAKEN says how many. What they count is
+        right, since no other thread of CPython's comes between the reading and the writing of a word;
+        which connection it is can't be told of them.
         """
         with self._lock:
             number = self._free.pop() if self._free else 0
             self._records[id(record)] = weakref.ref(record)
             self.words[SLOTS_USED] = max(self.words[SLOTS_USED], number + 1)
-        first = HEAD + number * SLOT
-        slot = self.words[first : first + SLOT]
-        slot[TAKEN] = 1
+            first = HEAD + number * SLOT
+            slot = self.words[first : first + SLOT]
+            slot[TAKEN] += 1
         return number, slot
 
     def give_back_slot(self, record: PidRecord) -> None:
         """Take an entry's slot back, with its counts, which the next entry goes on with."""
-        if fork.flag[0] == fork.WIPED or self._process is not fork.current():
+        if os.getpid() != self._pid:
             return  # the parent's
-        self._records.pop(id(record), None)
-        if record.slot_number:
-            name_connection(record.slot, None)
-            record.slot[TAKEN] = record.slot[THREAD] = 0
-            self._free.append(record.slot_number)
+        with self._lock:
+            self._records.pop(id(record), None)
+            record.slot[TAKEN] -= 1
+            if record.slot_number:
+                name_connection(record.slot, None)
+                record.slot[THREAD] = 0
+                self._free.append(record.slot_number)
 
 
 def name_connection(slot: memoryview, tag: ConnectionTag | None) -> None:
@@ -194,8 +203,9 @@ def name_connection(slot: memoryview, tag: ConnectionTag | None) -> None:
     change = (slot[_END] + 1) & 0xFFFFFFFF
     slot[_BEGIN] = change
     if tag is None:
-        numbers = (0, 0, 0, 0, 0)
+        numbers = (0, 0, 0, 0, 0, 0)
     else:
+        slot[IN_STATE_SINCE] = time.perf_counter_ns()
         numbers = (
             int(tag.connection_id.partition("-")[2]),
             _NONE if tag.fd is None else tag.fd,
@@ -203,6 +213,7 @@ def name_connection(slot: memoryview, tag: ConnectionTag | None) -> None:
             # PgBouncer gives random ones, which libpq hands on as signed numbers.
             _NONE if tag.server_pid is None else tag.server_pid & _NONE,
             int(tag.opened_at * 1e6),
+            sum(slot[WAIT:WAIT_SUM]),
         )
     _identity.pack_into(slot, _BEGIN * 8, change, *numbers, change)
 
@@ -243,11 +254,13 @@ def read(
     words = row.tolist()
     at, now = time.time(), time.perf_counter_ns()
     connections = []
-    used = taken = 0
-    for first in range(HEAD, len(words), SLOT):
+    # Of the entries that share a slot; what is read one after the other may differ by a moment.
+    shared = words[HEAD : HEAD + SLOT]
+    taken = sum(shared[:1])
+    used = beyond_used = min(taken, max(0, sum(shared[WAIT:WAIT_SUM]) - sum(shared[USE:USE_SUM])))
+    beyond_idle = taken - beyond_used
+    for first in range(HEAD + SLOT, len(words), SLOT):
         slot = words[first : first + SLOT]
-        if first == HEAD:
-            continue  # the one that entries share
         taken += slot[TAKEN]
         used += slot[THREAD] != 0
         if not slot[_NUMBER] or slot[_BEGIN] != slot[_END]:
@@ -265,9 +278,9 @@ def read(
             ConnectionStats(
                 tag=tag,
                 state="idle" if thread is None else "used",
-                age=at - tag.opened_at,
-                in_state=(now - slot[IN_STATE_SINCE]) / 1e9,
-                checkouts=sum(slot[WAIT:WAIT_SUM]),
+                age=max(0.0, at - tag.opened_at),  # the clock may have been set back
+                in_state=max(0, now - slot[IN_STATE_SINCE]) / 1e9,
+                checkouts=max(0, sum(slot[WAIT:WAIT_SUM]) - slot[_EARLIER]),
                 thread_id=thread,
                 thread_name=None if thread is None else thread_names.get(thread),
             )
@@ -281,7 +294,7 @@ def read(
         size=shape.size,
         max_overflow=shape.max_overflow,
         overflow=taken - shape.size if shape.size else 0,
-        idle=sum(each.thread_id is None for each in connections) if alive else 0,
+        idle=sum(each.thread_id is None for each in connections) + beyond_idle if alive else 0,
         used=used if alive else 0,
         waiting=words[WAITING] if alive else 0,
         counters=counters(words),

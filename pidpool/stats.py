@@ -133,7 +133,9 @@ class PoolStats:
     overflow: int
     """As ``pool.overflow()``."""
     idle: int
+    """Connections in the pool; ``pool.checkedin()`` also counts entries whose connection was invalidated."""
     used: int
+    """As ``pool.checkedout()``."""
     waiting: int
     """Threads that wait for a connection."""
     counters: Counters

@@ -15,7 +15,7 @@ import pytest
 from conftest import MakeEngine
 from events import Events
 from forking import How, fork, run_in_child
-from sqlalchemy import text
+from sqlalchemy import exc, text
 
 from pidpool import PidPool, rows
 from pidpool import family as family_module
@@ -180,10 +180,102 @@ def test_more_entries_than_slots_are_counted(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(family_module, "_MOST_SLOTS", 4)
     pool = fake_pool(pool_size=0)
     out = [pool.connect() for _ in range(20)]
-    for connection in out:
+    assert (pool.stats().used, pool.stats().idle) == (20, 0)
+    for connection in out[:5]:
         connection.close()
+    assert (pool.stats().used, pool.stats().idle) == (15, 5)
+    for connection in out[5:]:
+        connection.close()
+    assert (pool.stats().used, pool.stats().idle) == (0, 20)
     counters = pool.stats().counters
     assert counters.checkouts == counters.checkins == counters.opened == 20
+
+
+def test_a_connection_has_its_own_checkouts_and_times_though_others_had_its_slot() -> None:
+    pool = fake_pool(pool_size=1, max_overflow=0)
+    use(pool, 3)
+    (first,) = pool.stats().connections
+    assert first.checkouts == 3
+    connection = pool.connect()
+    connection.invalidate()
+    connection.close()
+    before = time.perf_counter()
+    record: Any = pool._do_get()
+    record.get_connection()  # opened, and not handed out yet
+    (second,) = pool.stats().connections
+    assert second.tag != first.tag and second.checkouts == 0
+    assert 0 <= second.in_state <= time.perf_counter() - before
+
+
+def quiescent(pool: PidPool) -> None:
+    """What the stats say is what the pool says, when nobody uses it."""
+    stats = pool.stats()
+    idle = [record for record in pool._pool.queue if record.dbapi_connection is not None]
+    assert (stats.used, stats.idle) == (pool.checkedout(), len(idle)), pool.status()
+    unlimited = pool.size() == 0 or pool._max_overflow < 0
+    assert stats.overflow == pool.overflow() or (unlimited and pool.size() == 0), pool.status()
+    counters = stats.counters
+    assert stats.waiting == 0 and counters.checkouts - counters.checkins == stats.used
+    closed = sum(counters.closed.values()) - counters.closed["failed"]
+    assert counters.opened - closed == stats.idle + stats.used
+
+
+@pytest.mark.parametrize(("size", "overflow"), [(5, 3), (1, 0), (3, -1), (0, 10)])
+def test_stats_agree_with_the_pool_after_anything(size: int, overflow: int) -> None:
+    """Random uses of all kinds, by many threads; in the parent and in a child, which starts from zero."""
+
+    def use_at_random(pool: PidPool, seed: int) -> None:
+        choose = random.Random(seed)
+        for _ in range(60):
+            try:
+                connection = pool.connect()
+            except exc.TimeoutError:
+                continue
+            kind = choose.randrange(7)
+            if kind == 0:
+                connection.invalidate()
+            elif kind == 1:
+                connection.invalidate(soft=True)
+            elif kind == 2:
+                connection.detach()
+            elif kind == 3:
+                del connection
+                continue
+            connection.close()
+
+    def use_by_threads(pool: PidPool) -> None:
+        for round in range(3):
+            work = [threading.Thread(target=use_at_random, args=(pool, 100 * round + n)) for n in range(16)]
+            for thread in work:
+                thread.start()
+            for thread in work:
+                thread.join(60)
+                assert not thread.is_alive()
+            quiescent(pool)
+        held = [pool.connect()]
+        quiescent(pool)
+        held.pop().close()
+
+    pool = fake_pool(pool_size=size, max_overflow=overflow, timeout=0.001)
+    use_by_threads(pool)
+    run_in_child(use_by_threads, pool)
+    quiescent(pool)
+
+
+def test_a_copy_of_a_waiting_thread_takes_nothing_from_its_parents_count() -> None:
+    """As gevent's greenlets, which go on in a forked child."""
+    pool = fake_pool()
+    waiting = pool._telemetry.row.waiting()
+    waiting.__enter__()
+
+    def child() -> int:
+        waiting.__exit__(None, None, None)
+        return pool.stats().waiting
+
+    assert run_in_child(child) == 0
+    assert pool.stats().waiting == 1
+    waiting.__exit__(None, None, None)
+    assert pool.stats().waiting == 0
 
 
 # -- a family
