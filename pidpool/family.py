@@ -27,8 +27,9 @@ ROWS = 256
 ENDED_LISTED = 32
 """Ended processes that a snapshot lists one by one, the newest; the others' counts are in the sums."""
 
-_JOIN_WAIT = 0.1
-"""Seconds that a child waits at most for others that join; it counts as unlisted then."""
+_JOIN_WAIT = 1.0
+"""Seconds that a child waits at most for others that join; it counts as unlisted then. Whoever joins takes
+a fraction of a millisecond, but may have to wait for its turn on a processor that hundreds want."""
 
 _MOST_SLOTS = 1024
 
@@ -73,6 +74,9 @@ class Family:
             memory = mmap.mmap(-1, (_FIRST_ROW + self._row_words) * 8)
         self._words = memoryview(memory).cast("Q")
         self._lock = RobustLock(memory)
+        self._looked_at: tuple[int, int] | None = None
+        # Where the stack begins: the same in all that were forked and have not executed another program.
+        self._stack = _stack()
 
     # -- joining
 
@@ -100,7 +104,10 @@ class Family:
         words[rows.PID] = 0  # first, and the generation, so that a reader knows that the rest changes
         words[rows.GENERATION] = generation
         if generation > 1:
-            words[2:] = memoryview(bytes(8 * (len(words) - 2))).cast("Q")
+            # The head last: it says which slots were used, also to whom this one's end leaves the work.
+            # What never was used is not touched, and takes no memory.
+            _clear(words[rows.HEAD : rows.HEAD + words[rows.SLOTS_USED] * rows.SLOT])
+            _clear(words[rows.GENERATION + 1 : rows.HEAD])
         words[rows.PARENT_PID] = parent_pid or 0
         words[rows.JOINED] = _boot_time()
         words[rows.SINCE] = int(time.time() * 1e6)
@@ -111,12 +118,15 @@ class Family:
         used = self._words[_ROWS_USED]
         if used < self._rows:
             return used
+        for number in range(used):
+            if not self._row(number)[rows.PID]:
+                return number  # whoever took it was killed before it had it, and its counts are added already
         ended = [number for number in range(used) if self._row(number)[rows.ENDED]]
         if not ended:
             # Costs a look into /proc for each; so all that ended are noted at once.
             for number in range(used):
                 words = self._row(number)
-                if not _lives(words[rows.PID], words[rows.JOINED]):
+                if not self._lives(words):
                     words[rows.ENDED] = 1
                     ended.append(number)
         if not ended:
@@ -153,7 +163,7 @@ class Family:
             if self._words[_FLIPS] == flips:
                 break
         found.sort(key=lambda row: row[rows.JOINED])
-        processes = [self._read_row(row, name) for row in found]
+        processes = [self._read_row(row, name, alive=self._lives(row)) for row in found]
         listed = _listed(processes)
         return FamilyStats(
             pool=name,
@@ -167,16 +177,19 @@ class Family:
 
     def read_own(self, row: rows.Row, name: str) -> PoolStats:
         """Return a snapshot of this process."""
-        return self._read_row(rows.copy(row.words), name)
+        return self._read_row(rows.copy(row.words), name, alive=True)
 
-    def _read_row(self, row: memoryview, name: str) -> PoolStats:
-        alive = _lives(row[rows.PID], row[rows.JOINED])
+    def _read_row(self, row: memoryview, name: str, *, alive: bool) -> PoolStats:
         names = {}
         if alive and row[rows.PID] == os.getpid():
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
         return rows.read(row, name, self._shape, alive=alive, thread_names=names)
+
+    def _lives(self, row: memoryview) -> bool:
+        """Return whether the process of a row still runs, and still has the pool."""
+        return not row[rows.ENDED] and _lives(row[rows.PID], row[rows.JOINED], self._stack)
 
     def _copies(self) -> Iterator[tuple[int, memoryview]]:
         for number in range(self._words[_ROWS_USED]):
@@ -211,6 +224,10 @@ class Family:
         each = self._shape.size + self._shape.max_overflow
         if limit is None or self._words[_WARNED] or self._words[_ROWS_USED] * each <= limit:
             return None
+        joined = self._words[_ROWS_USED], self._words[_FLIPS]
+        if joined == self._looked_at:
+            return None  # nobody has joined since: it can't be more
+        self._looked_at = joined
         stats = self.read(name)
         if stats.maximum is None or stats.maximum <= limit:
             return None
@@ -226,6 +243,10 @@ class Family:
     def _departed(self, flips: int) -> memoryview:
         first = _DEPARTED + flips % 2 * _BUFFER
         return self._words[first : first + _BUFFER]
+
+
+def _clear(words: memoryview) -> None:
+    words[:] = memoryview(bytes(words.nbytes)).cast("Q")
 
 
 def _listed(processes: list[PoolStats]) -> set[int]:
@@ -255,17 +276,41 @@ def _boot_time() -> int:
 _TICK = 10**9 // os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0
 
 
-def _lives(pid: int, joined: int) -> bool:
-    """Return whether the process that had this pid at that time still runs.
+_STATE, _STARTED, _STACK = 0, 19, 25
+"""Where state, starttime and startstack stand in what `_status` gives (proc_pid_stat(5))."""
 
-    Another process that was given the same pid later has started later (proc_pid_stat(5), starttime). A
-    zombie has ended.
+
+def _status(pid: int | str) -> list[bytes]:
+    """Return the fields of a process's status behind its name.
+
+    :raises OSError: if there is none such, or it may not be read.
+    """
+    with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+        return file.read(4096).rpartition(b")")[2].split()
+
+
+def _stack() -> int:
+    """Return where this process's stack begins; 0 where that is not told."""
+    try:
+        return int(_status("self")[_STACK])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _lives(pid: int, joined: int, stack: int) -> bool:
+    """Return whether the process that had this pid at that time still runs, with that stack.
+
+    Another process that was given the same pid later has started later. A zombie has ended. One that
+    executes another program has the pid and the start of what it was, but another stack; and nothing of
+    the pool.
     """
     if sys.platform == "linux":
         try:
-            with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-                fields = file.read(4096).rpartition(b")")[2].split()
-            return fields[0] not in (b"Z", b"X") and int(fields[19]) * _TICK <= joined + _TICK
+            fields = _status(pid)
+            if fields[_STATE] in (b"Z", b"X") or int(fields[_STARTED]) * _TICK > joined + _TICK:
+                return False
+            # 0 or 1: of a process whose addresses we may not see.
+            return int(fields[_STACK]) in (0, 1, stack) or not stack
         except (OSError, IndexError, ValueError):
             pass  # gone, or another user's where /proc hides those
     try:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -437,6 +438,70 @@ def test_who_is_killed_while_joining_blocks_nobody() -> None:
     assert time.monotonic() - started < 10
 
 
+def test_who_is_killed_at_any_instruction_of_joining_changes_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One child for each (in short: each fifth) instruction, killed there while it takes the row of a
+    process that has ended."""
+    monkeypatch.setattr(family_module, "ROWS", 2)
+    step = 1 if "PIDPOOL_SOAK" in os.environ else 5
+    codes = {family_module.__file__, rows.__file__}
+
+    def join(memory: Family, instruction: int) -> None:
+        left = instruction
+
+        def trace(frame: Any, event: str, argument: object) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename in codes:
+                frame.f_trace_opcodes = True
+                frame.f_trace_lines = False
+                left -= event == "opcode"
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        memory.join(parent_pid=os.getppid())
+        sys.settrace(None)
+
+    killed = True
+    for instruction in range(0, 10_000, step):
+        memory = Family(5, 10)
+        memory.join()
+        ended = memory.join(parent_pid=os.getpid())
+        ended.add(rows.TIMEOUTS, 7)
+        ended.words[rows.ENDED] = 1
+        pid = os.fork()
+        if pid == 0:
+            try:
+                join(memory, instruction)
+            finally:
+                os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert memory.read("pool").counters.timeouts == 7, instruction
+        memory.join(parent_pid=os.getpid()).add(rows.TIMEOUTS)
+        stats = memory.read("pool")
+        assert stats.counters.timeouts == 8 and stats.unlisted == 0, instruction
+        assert [each.alive for each in stats.processes] == [True, True]
+        if not killed:  # it had joined before
+            break
+    assert instruction > 500 and not killed
+
+
+def test_who_executes_another_program_is_of_the_family_no_more() -> None:
+    pool = fake_pool()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(reader, 0)
+        os.close(writer)
+        os.execvp("cat", ["cat"])
+    os.close(reader)
+    wait_for(lambda: os.readlink(f"/proc/{pid}/exe") != os.readlink("/proc/self/exe"))
+    assert not process(pool.family_stats(), pid).alive
+    assert pool.family_stats().maximum == 15
+    os.close(writer)
+    assert os.waitpid(pid, 0) == (pid, 0)
+
+
 def test_who_holds_the_lock_for_long_is_not_waited_for() -> None:
     memory = Family(5, 10)
     memory.join()
@@ -558,6 +623,25 @@ def test_more_than_the_server_takes_is_told_once(tls_url: str, make_engine: Make
     assert event["level"] == "warning" and event["processes"] == 2
     assert event["maximum"] == 400 and event["server_max_connections"] == 300
     assert run_in_child(child) == []
+
+
+def test_the_servers_limit_is_compared_only_when_somebody_has_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a look at every process, which not each opened connection is to pay for."""
+    memory = Family(100, 0)
+    memory.join()
+    ended = memory.join(parent_pid=os.getpid())
+    ended.words[rows.ENDED] = 1
+    memory.learn_server_max_connections(lambda: 150)
+    reads = []
+    read = memory.read
+    monkeypatch.setattr(memory, "read", lambda name: reads.append(name) or read(name))
+    for _ in range(3):
+        assert memory.exceeds_server("pool") is None
+    assert len(reads) == 1
+    memory.join(parent_pid=os.getpid())
+    over = memory.exceeds_server("pool")
+    assert over is not None and over.maximum == 200
+    assert memory.exceeds_server("pool") is None
 
 
 def test_counters_add_up() -> None:
