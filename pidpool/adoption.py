@@ -176,6 +176,11 @@ def _report() -> None:
         pool._report()
 
 
+def _are_connections_open() -> bool:
+    return bool(ownership.register)
+
+
 fork.in_parent(_note_fork)
+fork.is_urgent(_are_connections_open)
 fork.in_child(_adopt)
 fork.at_first_use(_report)

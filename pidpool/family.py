@@ -87,11 +87,15 @@ class Family:
         """
         if self._words[_ROWS_USED] == 0:
             return self._start(0, parent_pid)  # nobody else has the memory yet
-        with self._lock.held(_JOIN_WAIT) as held:
+        held = self._lock.acquire(_JOIN_WAIT)
+        try:
             number = self._free_row() if held else None
             if number is not None:
                 return self._start(number, parent_pid)
             self._words[_UNLISTED] += 1
+        finally:
+            if held:
+                self._lock.release()
         return self._enter(memoryview(bytearray(self._row_words * 8)).cast("Q"), parent_pid)
 
     def _start(self, number: int, parent_pid: int | None) -> rows.Row:

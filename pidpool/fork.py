@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import mmap
 import os
-import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ class Process:
 
     @classmethod
     def this(cls) -> Process:
-        return cls(os.getpid(), secrets.token_hex(8))
+        return cls(os.getpid(), os.urandom(8).hex())
 
 
 flag: _Flag = _make_flag()
@@ -141,6 +140,7 @@ class _Gate:
 gate = _Gate()
 
 _in_parent: list[Callable[[], None]] = []
+_at_once: list[Callable[[], bool]] = []
 _in_child: list[Callable[[Trigger, int], None]] = []
 _to_report: list[Callable[[], None]] = []
 
@@ -162,6 +162,12 @@ def in_child(adopt: Callable[[Trigger, int], None]) -> None:
     _in_child.append(adopt)
 
 
+def is_urgent(asked: Callable[[], bool]) -> None:
+    """Have a child's at-fork hook ask whether the fork has to be dealt with at once; else that is done
+    when something first looks at `flag`, and a child that never uses a pool pays nothing."""
+    _at_once.append(asked)
+
+
 def at_first_use(report: Callable[[], None]) -> None:
     """Have `report()` called at the next use of a pool, where logging is allowed, when `flag[0]` is
     UNREPORTED; always so in a child."""
@@ -171,6 +177,8 @@ def at_first_use(report: Callable[[], None]) -> None:
 def notice(trigger: Trigger = "lazy") -> None:
     """Deal with a fork if there was one and nobody has yet. Never blocks for long, never logs."""
     global process, gate
+    if _hooked_pid == os.getpid():
+        trigger = "hook"
     # A lock of this process's own: one that a fork may have copied in a locked state can't be used.
     lock = _locks.setdefault(os.getpid(), threading.RLock())
     with lock:
@@ -221,8 +229,17 @@ def _after_in_parent() -> None:
         forked()
 
 
+_hooked_pid = 0
+"""The process whose at-fork hook has run and left the fork to the first look at `flag`."""
+
+
 def _after_in_child() -> None:
-    notice("hook")
+    global _hooked_pid
+    if any(asked() for asked in _at_once):
+        notice("hook")
+    else:
+        _hooked_pid = os.getpid()
+        writers.renew(in_hook=True)
 
 
 if hasattr(os, "register_at_fork"):

@@ -56,9 +56,15 @@ def disown(holding: Holding, connection: Any) -> str:
     return KEPT
 
 
+# Looked up ahead: it costs a child a third of the adoption of a pool.
+_Py_IncRef = ctypes.pythonapi.Py_IncRef
+_Py_IncRef.argtypes = (ctypes.py_object,)
+_Py_IncRef.restype = None
+
+
 def _pin(connection: Any) -> None:
     # A reference that nobody will give back; a module's global would be cleared at interpreter exit.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+    _Py_IncRef(connection)
 
 
 def sever(fd: int) -> None:

@@ -68,7 +68,9 @@ def _run(wake: queue.SimpleQueue[None]) -> None:
 def _begin_anew(trigger: fork.Trigger, connects_in_flight: int) -> None:
     """Forget the parent's thread, in a child."""
     global _next_look, _wake
-    _to_start[:] = [True]
+    if _to_start:
+        return  # there is none
+    _to_start.append(True)
     _next_look = math.inf
     _wake = queue.SimpleQueue()
 

@@ -209,7 +209,7 @@ class PidPool(QueuePool):
         slot[rows.WAIT_SUM] += waited_ns
         slot[rows.IN_STATE_SINCE] = now
         slot[rows.THREAD] = threading.get_ident()
-        told = self._telemetry.is_debugging()
+        told = self._telemetry.hears()
         if told or self.hold_warning is not None:
             self._watch(record, waited_ns / 1e9, now / 1e9, told)
         return fairy
@@ -398,7 +398,8 @@ class PidPool(QueuePool):
         self._pool = self._queue_class(self._pool.maxsize, use_lifo=self._pool.use_lifo)
         self._overflow = 0 - self._pool.maxsize
         self._overflow_lock = threading.RLock()  # type: ignore[assignment]
-        renew_first_connect(self.dispatch)
+        if "dispatch" in self.__dict__:  # else nobody has connected or listened yet, and it is made by asking
+            renew_first_connect(self.dispatch)
         self._telemetry.begin_anew(adoption.parent_pid, adoption.trigger)
         for _, state, action, _ in adoption.connections:
             self._telemetry.row.add_inherited(state, severed=action == inherited.SEVERED)

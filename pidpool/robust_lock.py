@@ -9,9 +9,6 @@ import ctypes
 import errno
 import mmap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 SIZE = 64
 """Bytes; pthread_mutex_t has 40 on x86-64, 48 on AArch64 (glibc and musl)."""
@@ -26,20 +23,23 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
-def _functions() -> Any:
-    """Return the C library, or None where it has no robust mutexes (macOS)."""
+_MUTEX = ("timedlock", "trylock", "consistent", "unlock", "init")
+_ATTRIBUTES = ("init", "setpshared", "setrobust", "settype")
+
+
+def _library() -> ctypes.CDLL | None:
+    """Return the C library with what is needed looked up, or None where it has no robust mutexes (macOS)."""
     try:
         library = ctypes.CDLL(None)
-        for name in ("setpshared", "setrobust", "settype"):
-            getattr(library, f"pthread_mutexattr_{name}")
-        for name in ("timedlock", "consistent", "unlock"):
-            getattr(library, f"pthread_mutex_{name}")
+        # Looked up ahead: a child that had to do it would pay for it at each fork.
+        for name in (*(f"mutex_{each}" for each in _MUTEX), *(f"mutexattr_{each}" for each in _ATTRIBUTES)):
+            getattr(library, f"pthread_{name}")
     except (AttributeError, OSError, TypeError):
         return None
     return library
 
 
-_library = _functions()
+_c = _library()
 
 
 class RobustLock:
@@ -50,30 +50,30 @@ class RobustLock:
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
-        self._memory = (ctypes.c_char * SIZE).from_buffer(memory)
-        if _library is None:
+        self._mutex = (ctypes.c_char * SIZE).from_buffer(memory)
+        if _c is None:
             return
         attributes = ctypes.create_string_buffer(SIZE)
-        _library.pthread_mutexattr_init(attributes)
-        _library.pthread_mutexattr_setpshared(attributes, _PROCESS_SHARED)
-        _library.pthread_mutexattr_setrobust(attributes, _ROBUST)
-        _library.pthread_mutexattr_settype(attributes, _ERRORCHECK)
-        _library.pthread_mutex_init(self._memory, attributes)
+        _c.pthread_mutexattr_init(attributes)
+        _c.pthread_mutexattr_setpshared(attributes, _PROCESS_SHARED)
+        _c.pthread_mutexattr_setrobust(attributes, _ROBUST)
+        _c.pthread_mutexattr_settype(attributes, _ERRORCHECK)
+        _c.pthread_mutex_init(self._mutex, attributes)
 
-    @contextmanager
-    def held(self, seconds: float) -> Iterator[bool]:
-        """Hold the lock; gives False if it could not be had within `seconds`."""
-        if _library is None:
-            yield False
-            return
-        until = time.time() + seconds
-        limit = _Timespec(int(until), int(until % 1 * 1e9))
-        status = _library.pthread_mutex_timedlock(self._memory, ctypes.byref(limit))
+    def acquire(self, seconds: float) -> bool:
+        """Take the lock; False if it could not be had within `seconds`."""
+        if _c is None:
+            return False
+        status = _c.pthread_mutex_trylock(self._mutex)
+        if status == errno.EBUSY:
+            until = time.time() + seconds
+            limit = _Timespec(int(until), int(until % 1 * 1e9))
+            status = _c.pthread_mutex_timedlock(self._mutex, ctypes.byref(limit))
         if status == errno.EOWNERDEAD:
-            _library.pthread_mutex_consistent(self._memory)
-            status = 0
-        try:
-            yield status == 0
-        finally:
-            if status == 0:
-                _library.pthread_mutex_unlock(self._memory)
+            status = _c.pthread_mutex_consistent(self._mutex)
+        return bool(status == 0)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        assert _c is not None
+        _c.pthread_mutex_unlock(self._mutex)

@@ -121,7 +121,8 @@ class Row:
         self.words = words
         # Reentrant, since a finalizer may count something inside any line here.
         self._lock = threading.RLock()
-        self._free = list(range(slots - 1, 0, -1))
+        self._slots = slots
+        self._free: list[int] = []
         # Not the process as fork.py knows it: in an at-fork hook that still is the parent.
         self._pid = os.getpid()
         self._records: dict[int, weakref.ref[PidRecord]] = {}
@@ -177,9 +178,10 @@ class Row:
         which connection it is can't be told of them.
         """
         with self._lock:
-            number = self._free.pop() if self._free else 0
+            used = max(self.words[SLOTS_USED], 1)
+            number = self._free.pop() if self._free else used if used < self._slots else 0
+            self.words[SLOTS_USED] = max(used, number + 1)
             self._records[id(record)] = weakref.ref(record)
-            self.words[SLOTS_USED] = max(self.words[SLOTS_USED], number + 1)
             first = HEAD + number * SLOT
             slot = self.words[first : first + SLOT]
             slot[TAKEN] += 1

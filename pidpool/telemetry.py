@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ClosedReason = Literal["recycled", "invalidated", "overflow", "disposed", "detached", "failed"]
 
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+
 _numbers = itertools.count(1)
 
 
@@ -82,7 +84,7 @@ class Telemetry:
     def connection_checked_out(self, tag: ConnectionTag, wait_time: float) -> None:
         """A checkout succeeded; `wait_time` in seconds, with pre-ping and connecting where needed.
 
-        Only called where `is_debugging` said so.
+        Only called where `hears` said so.
         """
         self._emit("debug", "connection.checked_out", tag, wait_time=round(wait_time, 6))
 
@@ -217,8 +219,8 @@ class Telemetry:
 
     # -- how it is told
 
-    def is_debugging(self) -> bool:
-        """Return whether a DEBUG event would be heard at present: a checkout asks before it tells.
+    def hears(self, level: int = logging.DEBUG) -> bool:
+        """Return whether an event of this level would be heard at present.
 
         Notices at once that structlog was configured anew or that a level of the stdlib's changed.
         Takes 0.1 µs; to bind a logger and ask that one takes 3.
@@ -230,7 +232,7 @@ class Telemetry:
         ):
             self._look_who_listens()
         try:
-            return self._listens(logging.DEBUG)
+            return self._listens(level)
         except Exception:
             return True  # its own affair, which `_write` tells of
 
@@ -265,6 +267,8 @@ class Telemetry:
         at: float | None = None,
         **fields: object,
     ) -> None:
+        if not self.hears(_LEVELS[level]):
+            return
         if tag is not None:
             fields = {
                 "connection_id": tag.connection_id,

@@ -483,7 +483,7 @@ def test_a_checkout_knows_at_once_whether_debug_events_are_heard() -> None:
     given = Telemetry(None, structlog.get_logger("given"), Family(5, 10))
 
     def heard() -> tuple[bool, bool]:
-        return of_structlog.is_debugging(), given.is_debugging()
+        return of_structlog.hears(), given.hears()
 
     try:
         assert heard() == (False, True)  # who hands in structlog's own unconfigured logger gets its defaults

@@ -164,6 +164,7 @@ def adoption_heard(engine: Engine) -> dict[str, Any]:
     pool = engine.pool
     assert isinstance(pool, PidPool)
     pool._telemetry.logger = log
+    pool._telemetry._look_who_listens()
     use_and_leave(engine)
     (adopted,) = [fields for event, fields in log.heard if event == "pool.adopted"]
     return adopted

@@ -264,3 +264,4 @@ def _let_go_in_child(trigger: fork.Trigger, connects_in_flight: int) -> None:
 
 
 fork.in_child(_let_go_in_child)
+fork.is_urgent(lambda: bool(_servers))
