@@ -162,8 +162,8 @@ class Row:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count this thread among those that wait for a connection; also where a copy of it goes on in a
-        forked child, as a greenlet's does."""
+        """Count this thread among those that wait for a connection; a greenlet's copy that goes on in a
+        forked child takes nothing from that."""
         self.add(WAITING)
         try:
             yield

@@ -487,6 +487,7 @@ def test_who_is_killed_at_any_instruction_of_joining_changes_no_sum(monkeypatch:
 
 def test_who_executes_another_program_is_of_the_family_no_more() -> None:
     pool = fake_pool()
+    use(pool)
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
