@@ -13,8 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import reduce
-from operator import add
 
 from pidpool import rows
 from pidpool.robust_lock import SIZE as LOCK_SIZE
@@ -167,7 +165,12 @@ class Family:
             if self._words[_FLIPS] == flips:
                 break
         found.sort(key=lambda row: row[rows.JOINED])
-        processes = [self._read_row(row, name, alive=self._lives(row)) for row in found]
+        words = [row.tolist() for row in found]
+        summed = [rows.sums(each) for each in words]
+        processes = [
+            self._read_row(each, its_sums, name, alive=self._lives(row))
+            for row, each, its_sums in zip(found, words, summed, strict=True)
+        ]
         listed = _listed(processes)
         return FamilyStats(
             pool=name,
@@ -176,20 +179,21 @@ class Family:
             departed=departed[_COUNT] + len(processes) - len(listed),
             unlisted=self._words[_UNLISTED],
             server_max_connections=self.server_max_connections,
-            counters=reduce(add, (each.counters for each in processes), rows.counters(departed[3:].tolist())),
+            counters=rows.counters(rows.add_up([departed[3:].tolist(), *summed])),
         )
 
     def read_own(self, row: rows.Row, name: str) -> PoolStats:
         """Return a snapshot of this process."""
-        return self._read_row(rows.copy(row.words), name, alive=True)
+        words = rows.copy(row.words).tolist()
+        return self._read_row(words, rows.sums(words), name, alive=True)
 
-    def _read_row(self, row: memoryview, name: str, *, alive: bool) -> PoolStats:
+    def _read_row(self, words: list[int], summed: list[int], name: str, *, alive: bool) -> PoolStats:
         names = {}
-        if alive and row[rows.PID] == os.getpid():
+        if alive and words[rows.PID] == os.getpid():
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
-        return rows.read(row, name, self._shape, alive=alive, thread_names=names)
+        return rows.read(words, summed, name, self._shape, alive=alive, thread_names=names)
 
     def _lives(self, row: memoryview) -> bool:
         """Return whether the process of a row still runs, and still has the pool."""

@@ -250,10 +250,15 @@ def _identities(row: bytes) -> list[bytes]:
 
 
 def read(
-    row: memoryview, name: str, shape: Shape, *, alive: bool, thread_names: Mapping[int, str]
+    words: list[int],
+    summed: list[int],
+    name: str,
+    shape: Shape,
+    *,
+    alive: bool,
+    thread_names: Mapping[int, str],
 ) -> PoolStats:
-    """Return what a copy of a row says."""
-    words = row.tolist()
+    """Return what a copy of a row says, of which `summed` are the sums."""
     at, now = time.time(), time.perf_counter_ns()
     connections = []
     # Of the entries that share a slot; what is read one after the other may differ by a moment.
@@ -299,48 +304,53 @@ def read(
         idle=sum(each.thread_id is None for each in connections) + beyond_idle if alive else 0,
         used=used if alive else 0,
         waiting=words[WAITING] if alive else 0,
-        counters=counters(words),
+        counters=counters(summed),
         connections=tuple(connections) if alive else (),
     )
 
 
-def counters(words: list[int]) -> Counters:
-    """Return what the words of a row have counted."""
-    wait, use = _column(words, WAIT), _column(words, USE)
-    create = tuple(words[_CREATE:_CREATE_SUM])
+def sums(words: list[int]) -> list[int]:
+    """Return a row's words with one slot, which has counted what all its slots have."""
+    slots = [words[first + WAIT : first + SLOT] for first in range(HEAD, len(words), SLOT)]
+    counted = map(sum, zip(*slots, strict=True)) if slots else [0] * (SLOT - WAIT)
+    return [*words[:HEAD], *[0] * WAIT, *counted]
+
+
+def add_up(summed: list[list[int]]) -> list[int]:
+    """Return what several rows have counted together, from the sums of each."""
+    return [*map(sum, zip(*summed, strict=True))]
+
+
+def counters(summed: list[int]) -> Counters:
+    """Return what was counted, from the sums of one row or of several."""
+    slot = summed[HEAD:]
+    create, wait, use = summed[_CREATE:_CREATE_SUM], slot[WAIT:WAIT_SUM], slot[USE:USE_SUM]
     return Counters(
         opened=sum(create),
-        closed=dict(zip(CLOSED, words[_CLOSED:], strict=False)),
+        closed=dict(zip(CLOSED, summed[_CLOSED:], strict=False)),
         checkouts=sum(wait),
         checkins=sum(use),
-        timeouts=words[TIMEOUTS],
-        invalidations=words[INVALIDATIONS],
-        inherited=dict(zip(INHERITED, words[_INHERITED:], strict=False)),
-        severed=words[SEVERED],
-        kept=words[KEPT],
-        replaced=words[REPLACED],
-        refused=words[REFUSED],
-        adoptions=dict(zip(ADOPTIONS, words[_ADOPTIONS:], strict=False)),
-        forks=words[FORKS],
-        create_time=Histogram(create, words[_CREATE_SUM] / 1e9),
-        wait_time=Histogram(wait, sum(words[HEAD + WAIT_SUM :: SLOT]) / 1e9),
-        use_time=Histogram(use, sum(words[HEAD + USE_SUM :: SLOT]) / 1e9),
+        timeouts=summed[TIMEOUTS],
+        invalidations=summed[INVALIDATIONS],
+        inherited=dict(zip(INHERITED, summed[_INHERITED:], strict=False)),
+        severed=summed[SEVERED],
+        kept=summed[KEPT],
+        replaced=summed[REPLACED],
+        refused=summed[REFUSED],
+        adoptions=dict(zip(ADOPTIONS, summed[_ADOPTIONS:], strict=False)),
+        forks=summed[FORKS],
+        create_time=Histogram(tuple(create), summed[_CREATE_SUM] / 1e9),
+        wait_time=Histogram(tuple(wait), slot[WAIT_SUM] / 1e9),
+        use_time=Histogram(tuple(use), slot[USE_SUM] / 1e9),
     )
 
 
 def fold(into: memoryview, row: memoryview) -> None:
     """Add the counts of a row to those of another, which has one slot."""
-    words = row.tolist()
-    for word in range(WAITING + 1, HEAD):
-        into[word] += words[word]
-    for word in range(WAIT, SLOT):
-        into[HEAD + word] += sum(words[HEAD + word :: SLOT])
+    summed = sums(row.tolist())
+    for word in (*range(WAITING + 1, HEAD), *range(HEAD + WAIT, HEAD + SLOT)):
+        into[word] += summed[word]
     into[SLOTS_USED] = 1
-
-
-def _column(words: list[int], histogram: int) -> tuple[int, ...]:
-    """Sum a histogram over all slots."""
-    return tuple(sum(words[HEAD + histogram + each :: SLOT]) for each in range(_BUCKETS))
 
 
 def _or_none(word: int) -> int | None:

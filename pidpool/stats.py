@@ -200,15 +200,16 @@ class FamilyStats:
     def to_dict(self) -> dict[str, Any]:
         """Return the snapshot as dicts, lists, strings and numbers, ready for JSON."""
         derived = {name: getattr(self, name) for name in ("alive", "maximum", "idle", "used", "waiting")}
-        processes = [process.to_dict() for process in self.processes]
-        return {**_plain(self), **derived, "processes": processes}
+        own = {name: _plain(each) for name, each in vars(self).items() if name != "processes"}
+        return {**own, **derived, "processes": [process.to_dict() for process in self.processes]}
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    # A family has tens of thousands of values; most of them are these.
+    if value is None or isinstance(value, int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return [*value] if value and isinstance(value[0], int) else [_plain(each) for each in value]
     if isinstance(value, Mapping):
         return dict(value)
-    if isinstance(value, tuple):
-        return [_plain(each) for each in value]
-    return value
+    return {name: _plain(each) for name, each in vars(value).items()}

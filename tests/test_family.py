@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import random
 import signal
@@ -641,6 +643,21 @@ def test_the_servers_limit_is_compared_only_when_somebody_has_joined(monkeypatch
     over = memory.exceeds_server("pool")
     assert over is not None and over.maximum == 200
     assert memory.exceeds_server("pool") is None
+
+
+def test_a_snapshot_as_dicts_has_all_its_fields() -> None:
+    pool = fake_pool()
+    held = pool.connect()
+    run_in_child(use, pool)
+    stats = pool.family_stats()
+    told = json.loads(json.dumps(stats.to_dict()))
+    fields = json.loads(json.dumps(dataclasses.asdict(stats)))
+    derived = {"alive": 1, "maximum": 15, "idle": 0, "used": 1, "waiting": 0}
+    for each, process in zip(fields["processes"], stats.processes, strict=True):
+        each["maximum"] = process.maximum
+    assert told == {**fields, **derived}
+    assert stats.counters == sum((each.counters for each in stats.processes), Counters())
+    held.close()
 
 
 def test_counters_add_up() -> None:
