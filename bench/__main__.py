@@ -16,7 +16,17 @@ from rich.console import Console
 from bench import profile, report
 from bench.harness import RESULTS, Answer, Scale, argument
 
-QUESTIONS = ("cycle", "threads", "select_one", "first_row", "fork_price", "events", "memory", "growth")
+QUESTIONS = (
+    "cycle",
+    "threads",
+    "select_one",
+    "first_row",
+    "fork_price",
+    "events",
+    "memory",
+    "growth",
+    "scrape",
+)
 
 
 def _ask(question: str, quick: bool) -> Answer:

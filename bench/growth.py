@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy.pool import Pool
@@ -57,10 +58,10 @@ def _by_connections(scale: Scale) -> dict[tuple[str, bool], list[list[float]]]:
 
 
 class Family:
-    """Forked children that have looked at their pool and then wait for their end."""
+    """Forked children that have made some use of their pool and then wait for their end."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, use: Callable[[], object]) -> None:
+        self._use = use
         self._end, self._ending = os.pipe()
         self._pids: list[int] = []
 
@@ -72,7 +73,7 @@ class Family:
         if pid == 0:
             try:
                 os.close(self._ending)
-                self._pool.status()
+                self._use()
                 os.write(told, b".")
                 os.read(self._end, 1)
             finally:
@@ -98,7 +99,7 @@ def _by_processes(scale: Scale) -> dict[str, list[Spread]]:
     snapshot = cpu_slice(pool.family_stats, 1)
     cycle()
     settle()
-    family = Family(pool)
+    family = Family(pool.status)
     costs: dict[str, list[Spread]] = {CYCLE: [], FORK: [], SNAPSHOT: []}
     try:
         took: list[float] = []

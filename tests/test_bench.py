@@ -42,6 +42,11 @@ ROWS = {
         "1 to 256 processes: a cycle",
         "1 to 256 processes: the parent's next",
     ],
+    "scrape": [
+        *(f"{what}: 1, 64, 256 processes" for what in ("family_stats()", "/metrics", "/stats.json")),
+        "a worker's cycle while polled",
+        "against beside nobody",
+    ],
 }
 
 
