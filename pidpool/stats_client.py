@@ -95,7 +95,7 @@ def stats_url(url: str) -> str:
 
     :raises ValueError: if it is no address of HTTP.
     """
-    complaint = f"{url!r} is no address of HTTP; give one like http://127.0.0.1:9187/"
+    complaint = f"{url!r} is no address of HTTP; give one like http://127.0.0.1:9432/"
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:

@@ -68,6 +68,41 @@ def test_it_serves_what_the_app_answers(served: StatsServer) -> None:
     assert send(served, b"GET http://localhost/healthz?x#y HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"http://localhost/stats.json", b"200"),
+        (b"http://localhost:80/stats.json?x", b"200"),
+        (b"http://localhost", b"200"),
+        (b"http://evil.example/stats.json", b"403"),
+        (b"http:///stats.json", b"403"),
+        (b"//evil.example/stats.json", b"404"),
+        (b"//stats.json", b"404"),
+        (b"/%73tats.json?x", b"200"),
+        (b"/stats.json%00", b"404"),
+        (b"/%2e%2e/stats.json", b"404"),
+        (b"*", b"404"),
+    ],
+)
+def test_a_target_is_a_path_or_names_the_host_that_counts(
+    served: StatsServer, target: bytes, status: bytes
+) -> None:
+    request = b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert send(served, request).split(b" ")[1] == status
+
+
+def test_it_serves_on_after_an_answer_for_which_there_was_no_memory(
+    served: StatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(answer: object, *, body: bool) -> bytes:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.http1, "in_bytes", fail)
+        assert send(served, b"GET /healthz HTTP/1.1\r\n\r\n") == b""
+    assert get(served, "/healthz") == (200, b"ok\n")
+
+
 def test_a_token_and_further_hosts() -> None:
     with serve_stats(
         telling(small_family()), port=0, token="secret", allowed_hosts=["stats.example"]

@@ -212,11 +212,11 @@ def test_several_pools_and_none_and_one_by_itself(endpoint: Endpoint) -> None:
 @pytest.mark.parametrize(
     ("given", "asked"),
     [
-        ("http://h:9187", "http://h:9187/stats.json"),
-        ("http://h:9187/", "http://h:9187/stats.json"),
-        ("h:9187", "http://h:9187/stats.json"),
+        ("http://h:9432", "http://h:9432/stats.json"),
+        ("http://h:9432/", "http://h:9432/stats.json"),
+        ("h:9432", "http://h:9432/stats.json"),
         ("https://h/pool/#token=x", "https://h/pool/stats.json"),
-        ("http://[::1]:9187/a b/stats.json", "http://[::1]:9187/a%20b/stats.json"),
+        ("http://[::1]:9432/a b/stats.json", "http://[::1]:9432/a%20b/stats.json"),
     ],
 )
 def test_the_address_of_the_stats(given: str, asked: str) -> None:
@@ -229,7 +229,7 @@ def test_the_address_of_the_stats(given: str, asked: str) -> None:
 def test_what_is_no_address_is_a_usage_error(given: str) -> None:
     result = run(given)
     assert result.exit_code == 2
-    assert "is no address of HTTP; give one like http://127.0.0.1:9187/" in " ".join(result.output.split())
+    assert "is no address of HTTP; give one like http://127.0.0.1:9432/" in " ".join(result.output.split())
 
 
 def test_the_token_comes_from_the_environment_or_the_option(endpoint: Endpoint) -> None:

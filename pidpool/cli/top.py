@@ -44,7 +44,7 @@ _WIDE = 110
 def command(url: str, interval: float, token: str | None, once: bool) -> None:
     """Watch a stats endpoint in the terminal.
 
-    URL is where serve_stats() or StatsApp is, such as http://127.0.0.1:9187/. Rates and times are those
+    URL is where serve_stats() or StatsApp is, such as http://127.0.0.1:9432/. Rates and times are those
     of the last interval, and with --once those since the start. Ctrl-C ends.
     """
     try:

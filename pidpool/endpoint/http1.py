@@ -46,14 +46,19 @@ def read_head(received: bytes) -> Request:
         if name in headers and name in _ONCE:
             raise BadRequest(f"the header {name} is there twice")
         headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
-    try:
-        path = unquote(urlsplit(target).path)
-    except ValueError:
-        raise BadRequest("the target is no URL") from None
+    path, host = target.partition("?")[0].partition("#")[0], headers.get("host")
+    if not target.startswith("/"):
+        # As to a proxy, ``http://host/path``; that host counts, and not the header's (RFC 9112, 3.2.2).
+        try:
+            parts = urlsplit(target)
+        except ValueError:
+            raise BadRequest("the target is no URL") from None
+        if parts.scheme:
+            path, host = parts.path or "/", parts.netloc
     return Request(
         method=method,
-        path=path or "/",
-        host=headers.get("host"),
+        path=unquote(path),
+        host=host,
         authorization=headers.get("authorization", ""),
         accept=headers.get("accept", ""),
     )

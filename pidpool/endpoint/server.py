@@ -162,7 +162,7 @@ class StatsServer:
             events = client.go_on(self._app)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:
+        except Exception:  # the client's, or no memory for the answer; others are to be served still
             events = 0
         if events:
             self._selector.modify(client.socket, events, client)
