@@ -18,7 +18,7 @@ import pytest
 from conftest import MakeEngine
 from events import Events
 from forking import How, fork, run_in_child
-from sqlalchemy import exc, text
+from sqlalchemy import event, exc, text
 
 from pidpool import PidPool, rows
 from pidpool import family as family_module
@@ -215,8 +215,7 @@ def quiescent(pool: PidPool) -> None:
     stats = pool.stats()
     idle = [record for record in pool._pool.queue if record.dbapi_connection is not None]
     assert (stats.used, stats.idle) == (pool.checkedout(), len(idle)), pool.status()
-    unlimited = pool.size() == 0 or pool._max_overflow < 0
-    assert stats.overflow == pool.overflow() or (unlimited and pool.size() == 0), pool.status()
+    assert stats.overflow == pool.overflow(), pool.status()
     counters = stats.counters
     assert stats.waiting == 0 and counters.checkouts - counters.checkins == stats.used
     closed = sum(counters.closed.values()) - counters.closed["failed"]
@@ -263,6 +262,18 @@ def test_stats_agree_with_the_pool_after_anything(size: int, overflow: int) -> N
     use_by_threads(pool)
     run_in_child(use_by_threads, pool)
     quiescent(pool)
+
+
+def test_a_listener_may_detach_what_is_checked_out() -> None:
+    pool = fake_pool()
+
+    @event.listens_for(pool, "checkout")
+    def detach(connection: object, record: object, proxy: Any) -> None:
+        proxy.detach()
+
+    use(pool)
+    quiescent(pool)
+    assert pool.stats().counters.closed["detached"] == 1
 
 
 def test_a_copy_of_a_waiting_thread_takes_nothing_from_its_parents_count() -> None:
@@ -656,8 +667,21 @@ def test_a_snapshot_as_dicts_has_all_its_fields() -> None:
     for each, process in zip(fields["processes"], stats.processes, strict=True):
         each["maximum"] = process.maximum
     assert told == {**fields, **derived}
-    assert stats.counters == sum((each.counters for each in stats.processes), Counters())
     held.close()
+
+
+def test_the_family_has_counted_what_its_processes_have() -> None:
+    pool = fake_pool()
+    use(pool, 3)
+    run_in_child(use, pool, 5)
+    stats = pool.family_stats()
+    total = sum((each.counters for each in stats.processes), Counters())
+    for name in ("create_time", "wait_time", "use_time"):
+        of_family, of_processes = getattr(stats.counters, name), getattr(total, name)
+        assert of_family.counts == of_processes.counts and of_family.count > 1
+        assert of_family.sum == pytest.approx(of_processes.sum)  # added in another order
+        total = dataclasses.replace(total, **{name: of_family})
+    assert stats.counters == total
 
 
 def test_counters_add_up() -> None:
