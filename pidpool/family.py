@@ -120,10 +120,13 @@ class Family:
         used = self._words[_ROWS_USED]
         if used < self._rows:
             return used
+        ended = []
         for number in range(used):
-            if not self._row(number)[rows.PID]:
+            words = self._row(number)
+            if not words[rows.PID]:
                 return number  # whoever took it was killed before it had it, and its counts are added already
-        ended = [number for number in range(used) if self._row(number)[rows.ENDED]]
+            if words[rows.ENDED]:
+                ended.append(number)
         if not ended:
             # Costs a look into /proc for each; so all that ended are noted at once.
             for number in range(used):
