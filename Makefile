@@ -10,6 +10,8 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
+# Their short forms are run by `make test`.
+SOAK ?= tests/test_writers.py tests/test_family.py tests/test_many_forks.py -k 'eight or storm or many'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONPATH PYTHONHOME
@@ -18,7 +20,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --editable
 bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
 
-.PHONY: help demo bench test test-system sqlalchemy-suite lint format build clean
+.PHONY: help demo bench test test-system soak sqlalchemy-suite lint format build clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -34,6 +36,9 @@ test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
 
 test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an hour
+	PIDPOOL_SOAK=1 PIDPOOL_FORKS=20000 $(bin)/python -m pytest --timeout=3600 $(SOAK)
 
 sqlalchemy-suite: $(VENV)/.dev ## run SQLAlchemy's own pool tests on pidpool
 	$(bounded) $(bin)/python tests/sqlalchemy_suite.py

@@ -7,6 +7,7 @@ place. Read beside sqlalchemy/pool/base.py, whose two classes these extend.
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, cast
@@ -162,13 +163,14 @@ class PidFairy(_ConnectionFairy):
     `DisownedConnection` until the first use opens a connection of the child's own.
     """
 
-    __slots__ = ("_held", "_detached_holding", "_reset_failed")
+    __slots__ = ("_held",)
 
     _finalizer = _NoFinalizer()  # type: ignore[assignment, unused-ignore]
     _held: Any
     """The driver's connection: what `dbapi_connection` is, without asking whose process this is."""
-    _detached_holding: Holding | None
-    _reset_failed: BaseException | None
+    # Few have one, so they are in the class, and in an instance's __dict__ where there is one.
+    _detached_holding: Holding | None = None
+    _reset_failed: BaseException | None = None
 
     def __init__(self, pool: PidPool, dbapi_connection: Any, record: PidRecord, echo: Any) -> None:
         # Not SQLAlchemy's own: its finalizer would go for the connection without asking whose it is,
@@ -176,7 +178,6 @@ class PidFairy(_ConnectionFairy):
         self._pool = pool
         self._counter = 0
         self._echo = echo
-        self._detached_holding = self._reset_failed = None
         self._held = dbapi_connection
         self._connection_record = record
         record.fairy_ref = weakref.ref(self)
@@ -294,7 +295,7 @@ class PidFairy(_ConnectionFairy):
                 return
         record.fairy_ref = None
         self._held = self._connection_record = None
-        pool._return_conn(record)
+        pool._do_return_conn(record)
 
     def _reset(self, *args: Any, **kwargs: Any) -> None:
         # With an error that there was already: what follows is SQLAlchemy's to do.
@@ -384,7 +385,7 @@ def check_out(pool: PidPool) -> PidFairy:
         except BaseException as error:
             record._checkin_failed(error, _fairy_was_created=False)
             raise
-    echo = pool._should_log_debug()
+    echo = pool.logger.isEnabledFor(logging.DEBUG)
     if echo:
         pool.logger.debug("Connection %r checked out from pool", dbapi_connection)
     return PidFairy(pool, dbapi_connection, record, echo)
