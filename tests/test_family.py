@@ -210,6 +210,15 @@ def test_a_connection_has_its_own_checkouts_and_times_though_others_had_its_slot
     assert 0 <= second.in_state <= time.perf_counter() - before
 
 
+def test_a_clock_that_was_set_back_makes_nothing_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = fake_pool()
+    held = pool.connect()
+    monkeypatch.setattr(rows.time, "time", lambda: 1e9)  # type: ignore[attr-defined]
+    (connection,) = pool.stats().connections
+    assert connection.age == 0 and connection.in_state >= 0
+    held.close()
+
+
 def quiescent(pool: PidPool) -> None:
     """What the stats say is what the pool says, when nobody uses it."""
     stats = pool.stats()
