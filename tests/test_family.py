@@ -517,7 +517,8 @@ def test_who_executes_another_program_is_of_the_family_no_more() -> None:
         os.close(writer)
         os.execvp("cat", ["cat"])
     os.close(reader)
-    wait_for(lambda: not process(pool.family_stats(), pid).alive)
+    wait_for(lambda: os.readlink(f"/proc/{pid}/exe") != os.readlink("/proc/self/exe"))
+    wait_for(lambda: not process(pool.family_stats(), pid).alive)  # its stack comes a moment later
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)  # it runs
     assert pool.family_stats().maximum == 15
     os.close(writer)
