@@ -30,8 +30,8 @@ forkable: weakref.WeakSet[PidPool] = weakref.WeakSet()
 class Fork:
     """A fork as the parent's pool remembers it until it may tell of it: how many connections it had."""
 
-    def __init__(self) -> None:
-        self.at = time.time()
+    def __init__(self, at: float) -> None:
+        self.at = at
         self.idle = 0
         self.checked_out = 0
         self.in_transaction = 0
@@ -93,14 +93,14 @@ def _open_connections() -> Iterator[_Open]:
         yield _Open(holding, connection, record, fairy, pool)
 
 
-def _note_fork() -> None:
+def _note_fork(at: float) -> None:
     for row in {pool._telemetry.row for pool in list(forkable)}:  # a pool's successors share it
         row.add(rows.FORKS)
     forks: dict[int, tuple[PidPool, Fork]] = {}
     for each in _open_connections():
         if each.pool is None:
             continue
-        _, noted = forks.setdefault(id(each.pool), (each.pool, Fork()))
+        _, noted = forks.setdefault(id(each.pool), (each.pool, Fork(at)))
         state = each.state
         noted.idle += state == inherited.IDLE
         noted.checked_out += state != inherited.IDLE
