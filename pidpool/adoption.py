@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from pidpool import fork, inherited, ownership, rows
+from pidpool import ending, fork, inherited, ownership, rows
 from pidpool.inherited import DisownedConnection, Inheritance
 from pidpool.ownership import ConnectionTag, Holding
 from pidpool.proxied import PidFairy, PidRecord
@@ -179,3 +179,4 @@ def _report() -> None:
 fork.in_parent(_note_fork)
 fork.in_child(_adopt)
 fork.at_first_use(_report)
+ending.tell_at_the_end()
