@@ -413,6 +413,14 @@ def test_foreign_lines_are_counted_and_passed_over(log: Path) -> None:
     assert "pid 10" in logs(log).stdout
 
 
+def test_a_leak_is_seen_whose_own_fields_are_in_another_encoding(log: Path) -> None:
+    leak = json.dumps({**inherited(20, 10, 1, 1), "user": "J?rg"}).encode("latin-1").replace(b"?", b"\xf6")
+    log.write_bytes(text_of(a_log_of(10)).encode() + leak + b"\n")
+    found = told(log)
+    assert found["foreign_lines"] == 0 and found["open_transaction_leaks"] == 1
+    assert logs("--check", log).exit_code == 1
+
+
 def test_a_line_without_an_end_is_bounded(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "CHUNK", 1000)
     monkeypatch.setattr(reading, "LONGEST_LINE", 5000)
