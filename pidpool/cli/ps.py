@@ -69,6 +69,8 @@ def command(
     what --port names.
 
     Sees the processes of its own user; as root, all. Linux only.
+
+    Exit status: 0; 1 with --check if such a socket is found; 2 if a PID is of no process.
     """
     if sys.platform != "linux":
         click.echo(f"pidpool ps: needs the /proc of Linux; this is {sys.platform}", err=True)
