@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from pidpool import fork, inherited, ownership, rows
+from pidpool import ending, fork, inherited, ownership, rows
 from pidpool.inherited import DisownedConnection, Inheritance
 from pidpool.ownership import ConnectionTag, Holding
 from pidpool.proxied import PidFairy, PidRecord
@@ -30,8 +30,8 @@ forkable: weakref.WeakSet[PidPool] = weakref.WeakSet()
 class Fork:
     """A fork as the parent's pool remembers it until it may tell of it: how many connections it had."""
 
-    def __init__(self) -> None:
-        self.at = time.time()
+    def __init__(self, at: float) -> None:
+        self.at = at
         self.idle = 0
         self.checked_out = 0
         self.in_transaction = 0
@@ -93,14 +93,14 @@ def _open_connections() -> Iterator[_Open]:
         yield _Open(holding, connection, record, fairy, pool)
 
 
-def _note_fork() -> None:
+def _note_fork(at: float) -> None:
     for row in {pool._telemetry.row for pool in list(forkable)}:  # a pool's successors share it
         row.add(rows.FORKS)
     forks: dict[int, tuple[PidPool, Fork]] = {}
     for each in _open_connections():
         if each.pool is None:
             continue
-        _, noted = forks.setdefault(id(each.pool), (each.pool, Fork()))
+        _, noted = forks.setdefault(id(each.pool), (each.pool, Fork(at)))
         state = each.state
         noted.idle += state == inherited.IDLE
         noted.checked_out += state != inherited.IDLE
@@ -184,3 +184,4 @@ fork.in_parent(_note_fork)
 fork.is_urgent(_are_connections_open)
 fork.in_child(_adopt)
 fork.at_first_use(_report)
+ending.tell_at_the_end()

@@ -12,6 +12,7 @@ import gc
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -139,14 +140,15 @@ class _Gate:
 
 gate = _Gate()
 
-_in_parent: list[Callable[[], None]] = []
+_in_parent: list[Callable[[float], None]] = []
 _at_once: list[Callable[[], bool]] = []
 _in_child: list[Callable[[Trigger, int], None]] = []
 _to_report: list[Callable[[], None]] = []
 
 
-def in_parent(forked: Callable[[], None]) -> None:
-    """Have `forked()` called in the parent after every fork that ran Python's hooks.
+def in_parent(forked: Callable[[float], None]) -> None:
+    """Have `forked(at)` called in the parent after every fork that ran Python's hooks; `at` in seconds
+    since the epoch, before anything of the child's.
 
     It runs inside the at-fork hook: it must not block, log, yield or raise.
     """
@@ -200,6 +202,12 @@ def notice(trigger: Trigger = "lazy") -> None:
                 gc.enable()
 
 
+class _Thread(threading.local):
+    forking_at: float | None = None
+    """Seconds since the epoch, while the thread forks."""
+
+
+_thread = _Thread()
 _locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]  # a function before 3.13
 
 
@@ -220,13 +228,16 @@ def _before() -> None:
         notice()
     gate.before_fork()
     writers.hold()  # last: a thread whose connect is waited for may log
+    # Not afterwards, when the child may be ahead: who sorts events by time has the fork first.
+    _thread.forking_at = time.time()
 
 
 def _after_in_parent() -> None:
     writers.release()
     gate.after_fork_in_parent()
+    began, _thread.forking_at = _thread.forking_at, None
     for forked in _in_parent:
-        forked()
+        forked(time.time() if began is None else began)  # None: who forked in C ran this hook alone
 
 
 _hooked_pid = 0

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pidpool import fork
 from pidpool.drivers import Settings, driver_of
 from pidpool.errors import ForeignConnectionError, foreign_error_for
 
@@ -192,6 +193,8 @@ class Inheritance:
         pid = os.getpid()
         if not self._refused:
             self._refused = True
+            if fork.flag[0] != fork.SETTLED:
+                fork.settle()  # what was inherited is told first
             self.pool._telemetry.connection_refused(self.tag, self.state)
         raise self.error(pid)
 

@@ -96,6 +96,8 @@ def stats_url(url: str) -> str:
     :raises ValueError: if it is no address of HTTP.
     """
     complaint = f"{url!r} is no address of HTTP; give one like http://127.0.0.1:9432/"
+    if "@" in url.partition("?")[0]:  # not shown: a password may stand before it
+        raise ValueError("a stats endpoint takes no user and password; leave out what is before the @")
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -45,6 +46,20 @@ def test_help_lists_the_commands_without_importing_them() -> None:
     assert "pidpool.cli" in imported
     assert [name for name in imported if name.startswith("pidpool.cli.")] == []
     assert "psutil" not in imported
+
+
+def test_the_version_is_told() -> None:
+    done = pidpool("--version")
+    assert (done.returncode, done.stdout) == (0, f"pidpool {metadata.version('pidpool')}\n")
+
+
+@pytest.mark.parametrize("arguments", [["ps", "--json"], ["logs", "--check", "/dev/null"]])
+def test_output_that_can_not_be_written_is_no_finding(arguments: list[str]) -> None:
+    program = [sys.executable, "-c", "from pidpool.cli import main; main()", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "pidpool: the output: No space left on device\n"
 
 
 def test_the_demos_help_tells_its_exit_status_and_starts_nothing() -> None:

@@ -197,6 +197,8 @@ def test_on_a_server_of_ones_own_it_leaves_no_table_and_tells_no_password(
     ("url", "said"),
     [
         ("postgresql://me:xyzzy-secret@127.0.0.1:1/none", "Connection refused"),
+        ("postgresql://me:xyzzy-secret@127.0.0.1:1/none", "leave it out"),
+        ("postgresql://me:part@xyzzy-secret@127.0.0.1/none", "%40"),
         ("mysql://me:xyzzy-secret@127.0.0.1/none", "mysql"),
         ("me:xyzzy-secret", "postgresql://user@host/name"),
         ("postgresql://me:xyzzy-secret@host:port/none", "postgresql://user@host/name"),

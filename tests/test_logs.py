@@ -5,6 +5,7 @@ of logs written by real processes, of broken and hostile ones, and of ones that 
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from pidpool.logs import clean, processes, reading, summary, units
 from pidpool.logs.document import document
 from pidpool.logs.reading import Followed, Source, Unreadable
 from pidpool.logs.summary import Summary
+from pidpool.telemetry import Telemetry
 
 PIDPOOL = [sys.executable, "-c", "from pidpool.cli import main; main()", "logs"]
 
@@ -189,7 +191,7 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
     """
     event_logs.run(program, log, postgres.url(tls=True))
     known = {json.loads(line)["event"] for line in log.read_text().splitlines()}
-    assert known == summary.Summary()._takes.keys() - {"connection.refused"}
+    assert known == summary.Summary()._takes.keys() - {"connection.refused", "pool.over_maximum"}
     found = told(log)
     assert found["foreign_lines"] == 0
     assert [leak["state"] for leak in found["leaks"]] == ["no transaction", "idle"]
@@ -206,6 +208,29 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
     last_child = found["processes"][2]
     assert {each["process"] for each in found["not_returned"]} >= {last_child["id"]}
     assert found["totals"]["invalidations"] == 1
+
+
+def test_what_the_pool_tells_and_what_is_understood_are_the_same() -> None:
+    told = {
+        name.replace("_", ".", 1): method
+        for name, method in inspect.getmembers(Telemetry, inspect.isfunction)
+        if name.partition("_")[0] in ("connection", "checkout", "pool")
+    }
+    assert told.keys() == Summary()._takes.keys()
+    for method in told.values():
+        parameters = {**inspect.signature(method).parameters}
+        names = {name for name, each in parameters.items() if "ConnectionTag" not in str(each.annotation)}
+        assert names - {"self"} <= clean._NOT_THE_USERS, method
+
+
+def test_a_pool_that_may_have_more_connections_than_its_server_takes_is_named(log: Path) -> None:
+    over = {"processes": 4, "maximum": 60, "server_max_connections": 40}
+    write(log, [*a_log_of(10), event("pool.over_maximum", 10, 3, **over)])
+    assert told(log)["over_maximum"] == [{"at": AT + 3, "process": "10", "pool": "app", **over}]
+    shown = logs(log).output
+    assert "app: 4 processes, 60 connections at most; the server takes 40" in shown
+    (line,) = followed_lines([event("pool.over_maximum", 10, 3, **over)])
+    assert "pool.over_maximum  processes=4  maximum=60  server_max_connections=40" in line
 
 
 # -- the tree
@@ -411,6 +436,14 @@ def test_foreign_lines_are_counted_and_passed_over(log: Path) -> None:
     assert found["lines"] == found["events"] + found["foreign_lines"]
     assert found["processes"][0]["checkouts"] == 3 and found["processes"][0]["wait"]["sum"] == 0.003
     assert "pid 10" in logs(log).stdout
+
+
+def test_a_leak_is_seen_whose_own_fields_are_in_another_encoding(log: Path) -> None:
+    leak = json.dumps({**inherited(20, 10, 1, 1), "user": "J?rg"}).encode("latin-1").replace(b"?", b"\xf6")
+    log.write_bytes(text_of(a_log_of(10)).encode() + leak + b"\n")
+    found = told(log)
+    assert found["foreign_lines"] == 0 and found["open_transaction_leaks"] == 1
+    assert logs("--check", log).exit_code == 1
 
 
 def test_a_line_without_an_end_is_bounded(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -725,7 +758,8 @@ def test_the_document_has_the_fields_that_its_module_names(log: Path) -> None:
     forked = event("pool.forked", 10, 30, idle=0, checked_out=1, in_transaction=1)
     timed_out = event("checkout.timed_out", 10, 2, wait_time=1, size=5, overflow=0, checked_out=5)
     overdue = event("checkout.overdue", 10, 2, **tag(10, 1), held=1, hold_warning=1, where="a.py:1 in f")
-    events = [*a_log_of(10), inherited(20, 10, 1, 1), forked, timed_out, checkout(10, 1, 40), overdue]
+    over = event("pool.over_maximum", 10, 3, processes=4, maximum=60, server_max_connections=40)
+    events = [*a_log_of(10), inherited(20, 10, 1, 1), forked, timed_out, checkout(10, 1, 40), overdue, over]
     found = told(write(log, events))
     documentation = sys.modules[document.__module__].__doc__ or ""
     for part in (found, *(found[key][0] for key in found if isinstance(found[key], list) and key != "files")):

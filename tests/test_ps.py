@@ -567,6 +567,9 @@ def test_what_could_not_be_looked_into_is_shown_by_user(
         "Could not look into 8 processes: 1 of cron (40); 7 of www (11, 12, 13, 14, 15, …)" in result.output
     )
     assert "Note: nothing else was seen." in result.output
+    # Who named a process wants to know of that one: that nothing was found in it is not known.
+    assert CliRunner().invoke(ps.command, ["--check", "40"]).exit_code == 2
+    assert CliRunner().invoke(ps.command, ["40"]).exit_code == 0
 
 
 def test_nothing_that_is_shown_steers_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,6 +598,12 @@ def test_usage_errors_and_other_systems_end_with_2(monkeypatch: pytest.MonkeyPat
     ]:
         result = CliRunner().invoke(ps.command, arguments)
         assert (result.exit_code, said in result.output) == (2, True), result.output
+    exists = os.path.exists
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "exists", lambda path: not str(path).startswith("/proc") and exists(path))
+        result = CliRunner().invoke(ps.command, [])
+    assert result.exit_code == 2
+    assert "mount it" in result.output
     monkeypatch.setattr(sys, "platform", "darwin")
     result = CliRunner().invoke(ps.command, [])
     assert result.exit_code == 2

@@ -22,7 +22,7 @@ from forking import How, run_in_child
 from parent import Parent
 from sqlalchemy import Connection, Engine, create_engine, exc, text
 
-from pidpool import ForeignConnectionError, PidPool, tag_of, telemetry
+from pidpool import ForeignConnectionError, PidPool, fork, tag_of, telemetry
 from pidpool.embedded import EmbeddedPostgres
 from pidpool.family import Family
 from pidpool.telemetry import Telemetry
@@ -281,6 +281,57 @@ def test_a_leak_is_told_with_both_pids(
     for event in forked:
         assert (event["idle"], event["checked_out"], event["in_transaction"]) == (1, 1, 1)
         assert event["at"] <= adopted["at"]
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+def test_a_fork_is_before_all_that_the_child_does_also_if_the_child_is_ahead(
+    tls_url: str, make_engine: MakeEngine, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger)
+    parent = Parent(engine, "in transaction")
+    reader, writer = os.pipe()
+
+    def child() -> list[dict[str, Any]]:
+        engine.connect().close()
+        engine.dispose()
+        os.write(writer, b"told")
+        return events.all
+
+    after_fork = fork.gate.after_fork_in_parent  # runs in the parent's hook, before it notes anything
+
+    def wait_for_the_child() -> None:
+        assert os.read(reader, 4) == b"told"
+        after_fork()
+
+    monkeypatch.setattr(fork.gate, "after_fork_in_parent", wait_for_the_child)
+    told = run_in_child(child)
+    parent.notices_nothing()
+    engine.connect().close()
+    (adopted,) = [event for event in told if event["event"] == "pool.adopted"]
+    assert events.the("pool.forked")["at"] <= adopted["at"]
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+@pytest.mark.parametrize("how", ["python", "c"])
+def test_what_a_child_inherited_is_told_before_it_is_refused(
+    tls_url: str, make_engine: MakeEngine, events: Events, how: How
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger)
+    parent = Parent(engine, "in transaction")
+    events.clear()
+
+    def child() -> list[str]:
+        assert parent.connection is not None
+        with pytest.raises(exc.OperationalError):
+            parent.connection.execute(text("select 1"))
+        return events.names
+
+    told = run_in_child(child, how=how)
+    assert told[:3] == ["pool.adopted", "connection.inherited", "connection.refused"]
+    assert told.count("connection.refused") == 1
+    parent.notices_nothing()
 
 
 # -- secrets

@@ -232,6 +232,16 @@ def test_what_is_no_address_is_a_usage_error(given: str) -> None:
     assert "is no address of HTTP; give one like http://127.0.0.1:9432/" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    "given", ["http://me:xyzzy-secret@h:9187/", "me:xyzzy-secret@h", "http://m:xyzzy-secret@h:x/"]
+)
+def test_a_password_in_the_address_is_refused_and_not_shown(given: str) -> None:
+    result = run(given)
+    assert result.exit_code == 2
+    assert "takes no user and password" in " ".join(result.output.split())
+    assert "xyzzy" not in result.output
+
+
 def test_the_token_comes_from_the_environment_or_the_option(endpoint: Endpoint) -> None:
     endpoint.token = "secret"
     assert lines(run(endpoint.url, PIDPOOL_TOKEN="secret\n"))[0].startswith("pool orders")

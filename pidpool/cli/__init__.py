@@ -5,6 +5,7 @@ them needs is not needed by the others. Such a module has one `click.Command`, n
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,12 +23,21 @@ _COMMANDS = {
 MISSING = 2
 """The exit status where a package of an extra is missing."""
 
+_UNWRITTEN = 2
+
 
 def main() -> None:
     """Run the command."""
     with needing(_extra_of(sys.argv[1:])):
         commands = _group()
-    commands()
+    try:
+        commands()
+    except OSError as error:
+        # A full disk under the output, above all. Not status 1, which is what was found.
+        sys.stderr.write(f"pidpool: {error.filename or 'the output'}: {error.strerror or error}\n")
+        # What is still to be flushed goes nowhere, instead of failing once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(_UNWRITTEN)
 
 
 def _extra_of(arguments: Sequence[str]) -> str:
@@ -75,4 +85,5 @@ def _group() -> click.Group:
             command: click.Command = module.command
             return command
 
-    return Commands("pidpool", help="A SQLAlchemy connection pool that survives fork: its tools.")
+    commands = Commands("pidpool", help="A SQLAlchemy connection pool that survives fork: its tools.")
+    return click.version_option(package_name="pidpool", message="pidpool %(version)s")(commands)

@@ -157,7 +157,7 @@ def _embedded(progress: _Progress) -> Iterator[tuple[URL, URL, ServerLog]]:
 def _given(database: str) -> tuple[URL, URL]:
     """Return the URL to use, and the same without TLS where the server takes such a client."""
     from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError, OperationalError
+    from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
     try:
         url = make_url(database)
@@ -170,10 +170,19 @@ def _given(database: str) -> tuple[URL, URL]:
         raise click.UsageError(
             f"--database takes a URL with postgresql+psycopg2 or postgresql+psycopg, not {url.drivername}"
         )
+    if "@" in (url.host or ""):
+        raise click.UsageError("--database has more than one @; write one that is in a password as %40")
     if "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": "10"})
     plain_url = url.update_query_dict({"sslmode": "disable"})
-    _server_version(url)
+    try:
+        _server_version(url)
+    except DBAPIError as error:
+        why = " ".join(str(error.orig).split())
+        _give_up(
+            f"--database can't be connected to: {why}; check its host, port, name, user and password, or "
+            "leave it out: then a PostgreSQL is started for the run"
+        )
     try:
         _server_version(plain_url)
     except OperationalError:

@@ -43,7 +43,7 @@ _PATH = re.compile(r"(?<!\S)/\S*/")
     metavar="PORT",
     help="A further remote port that leads to a database; may be repeated.",
 )
-@click.option("--check", is_flag=True, help="Exit with 1 if such a socket is found, with 0 if none is.")
+@click.option("--check", is_flag=True, help="Exit with 1 if such a socket is found.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch a line for each look.")
 @click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
 @click.option(
@@ -69,9 +69,15 @@ def command(
     what --port names.
 
     Sees the processes of its own user; as root, all. Linux only.
+
+    Exit status: 0; 1 with --check if such a socket is found; 2 if a PID is of no process or, with --check
+    and none found, of one that could not be looked into.
     """
     if sys.platform != "linux":
         click.echo(f"pidpool ps: needs the /proc of Linux; this is {sys.platform}", err=True)
+        sys.exit(UNABLE)
+    if not os.path.exists("/proc/self/stat"):
+        click.echo("pidpool ps: /proc is not there; mount it (mount -t proc proc /proc)", err=True)
         sys.exit(UNABLE)
     if check and watch:
         raise click.UsageError("--check looks once and --watch does not end; leave one out")
@@ -85,6 +91,8 @@ def command(
         _console().print(_shown(scan))
     if check and scan.sockets:
         sys.exit(FOUND)
+    if check and pids and scan.unreadable:
+        sys.exit(UNABLE)  # that none was found says nothing then
 
 
 def _find(pids: Sequence[int], ports: Sequence[int]) -> Scan:

@@ -46,6 +46,8 @@ def command(url: str, interval: float, token: str | None, once: bool) -> None:
 
     URL is where serve_stats() or StatsApp is, such as http://127.0.0.1:9432/. Rates and times are those
     of the last interval, and with --once those since the start. Ctrl-C ends.
+
+    Exit status: 0; 1 if there are no stats at the first time of asking; 2 if URL is no address of HTTP.
     """
     try:
         address = stats_url(url)

@@ -35,6 +35,7 @@ _NOT_THE_USERS = frozenset(
         *("size", "overflow", "checked_out", "held", "hold_warning", "where"),
         *("idle", "in_transaction", "state", "action", "by", "by_server_pid"),
         *("parent_pid", "trigger", "connects_in_flight", "closed"),
+        *("processes", "maximum", "server_max_connections"),
     ]
 )
 

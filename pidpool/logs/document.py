@@ -20,6 +20,7 @@ was no room.
 ``longest_waits``, ``longest_holds``: seconds, at, process, connection_id, pool, where, fields
 ``not_returned``: process, connection_id, pool, server_pid, since, seconds, where
 ``timeouts``: at, process, pool, seconds, size, overflow, checked_out, fields; the newest
+``over_maximum``: at, process, pool, processes, maximum, server_max_connections; the newest
 ``overdue``: where, count, longest, hold_warning, last_at
 ``left_out``: how many leaks (unheard ones as well), processes, connections, timeouts, not_returned and
     overdue checkouts are counted above without being listed
@@ -85,6 +86,7 @@ def document(summary: Summary, sources: Sequence[Source], top: int = 10) -> dict
             for connection in out[:MOST_NOT_RETURNED]
         ],
         "timeouts": [_timeout(timeout) for timeout in summary.timeouts],
+        "over_maximum": [{**each._asdict(), "process": each.process.id} for each in summary.over_maximum],
         "overdue": [_place(place) for place in places(summary)],
         "left_out": {
             "leaks": summary.leaks_left_out + unheard.idle + unheard.checked_out,

@@ -225,10 +225,18 @@ class Source:
         events = []
         for line in wanted:
             try:
-                events.append(json.loads(line))
+                events.append(_event(line))
             except (ValueError, RecursionError):
                 self.foreign += 1
         return events
+
+
+def _event(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError:
+        # A field of the user's in another encoding must not make a leak go unseen.
+        return json.loads(line.decode(errors="replace"))
 
 
 def open_all(paths: Sequence[str], follow: bool = False) -> list[Source]:

@@ -159,6 +159,17 @@ class Timeout(NamedTuple):
     fields: dict[str, str]
 
 
+class OverMaximum(NamedTuple):
+    """A pool whose processes may have more connections than their server takes."""
+
+    at: float
+    process: Process
+    pool: str | None
+    processes: int | None
+    maximum: int | None
+    server_max_connections: int | None
+
+
 class Place:
     """The overdue checkouts of one line of code."""
 
@@ -200,6 +211,8 @@ class Summary:
         self.timeouts: deque[Timeout] = deque(maxlen=MOST_TIMEOUTS)
         """The newest."""
         self.timed_out = 0
+        self.over_maximum: deque[OverMaximum] = deque(maxlen=_MOST_HEARD)
+        """The newest."""
         self.places: dict[str | None, Place] = {}
         self.elsewhere = Place(None, 0.0)
         """Overdue checkouts of further places."""
@@ -223,6 +236,7 @@ class Summary:
             "pool.forked": self._forked,
             "pool.adopted": self._adopted,
             "pool.disposed": self._disposed,
+            "pool.over_maximum": self._over_maximum,
         }
 
     @property
@@ -353,6 +367,12 @@ class Summary:
             own_fields(event),
         )
         self.timeouts.append(timeout)
+
+    def _over_maximum(self, event: Event) -> None:
+        numbers = [whole(event.get(name)) for name in ("processes", "maximum", "server_max_connections")]
+        self.over_maximum.append(
+            OverMaximum(event["at"], self._teller(event), cleaned(event["pool"]), *numbers)
+        )
 
     def _overdue(self, event: Event) -> None:
         held, place = seconds(event["held"]), self._place(event)
@@ -566,6 +586,7 @@ NOTABLE = frozenset(
         "checkout.returned_late",
         "pool.forked",
         "pool.adopted",
+        "pool.over_maximum",
     ]
 )
 """Events that are worth a line while a log is followed."""

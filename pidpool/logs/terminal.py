@@ -51,6 +51,7 @@ def render(summary: Summary, sources: Sequence[Source], width: int, colour: bool
     _print_longest(console, summary, "Longest holds", summary.holds, top)
     _print_not_returned(console, summary, top)
     _print_timeouts(console, summary, top)
+    _print_over_maximum(console, summary, top)
     _print_overdue(console, summary, top)
     return _text_of(console)
 
@@ -297,6 +298,20 @@ def _print_timeouts(console: Console, summary: Summary, top: int) -> None:
     _print_rest(console, summary.timed_out - min(top, len(summary.timeouts)))
 
 
+def _print_over_maximum(console: Console, summary: Summary, top: int) -> None:
+    if not summary.over_maximum:
+        return
+    _heading(console, "Processes that may have more connections than their server takes", _WARN)
+    for each in list(summary.over_maximum)[-top:]:
+        text = Text.assemble(
+            (clock(each.at, summary.first_at), _FAINT),
+            f"  {each.pool}: {_or_unknown(each.processes)} processes, {_or_unknown(each.maximum)} "
+            f"connections at most; the server takes {_or_unknown(each.server_max_connections)}",
+        )
+        _indented(console, text)
+    _print_rest(console, len(summary.over_maximum) - top)
+
+
 def _print_overdue(console: Console, summary: Summary, top: int) -> None:
     found = places(summary)
     total = sum(place.count for place in found) + summary.elsewhere.count
@@ -341,6 +356,7 @@ _SHOWN: Mapping[str, Iterable[str]] = {
     "checkout.returned_late": ("use_time", "where"),
     "pool.forked": ("idle", "checked_out", "in_transaction"),
     "pool.adopted": ("parent_pid", "trigger", "idle", "checked_out", "in_transaction"),
+    "pool.over_maximum": ("processes", "maximum", "server_max_connections"),
 }
 
 
