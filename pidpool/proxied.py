@@ -188,6 +188,11 @@ class PidFairy(_ConnectionFairy):
             return  # it was closed or detached
         if flag[0] == WIPED:
             fork.notice()  # first: what this process inherited is not its to return
+        # A checkout that failed has returned its entry, and lives as long as the traceback: by now the
+        # entry may be another one's.
+        reference = record.fairy_ref
+        if reference is None or reference() not in (self, None):
+            return
         record.fairy_ref = _GONE  # SQLAlchemy asks whether it is
         pool = self.pidpool
         with pool._telemetry.deferred():
