@@ -202,6 +202,8 @@ class PidPool(QueuePool):
         waited_ns = now - started
         bucket = (waited_ns >> 10).bit_length()  # rows.bucket(), without the call
         record: Any = fairy._connection_record
+        if record is None:
+            return fairy  # a checkout listener has detached or invalidated it
         record.holding.checked_out = record
         record.out_since = now
         slot = record.slot

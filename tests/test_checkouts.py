@@ -89,3 +89,14 @@ def test_a_failed_checkout_that_lives_on_does_not_return_anybody_elses() -> None
         pool.connect()
     checkout.close()
     assert pool.checkedin() == 1
+
+
+@pytest.mark.parametrize("ending", ["detach", "invalidate"])
+def test_a_checkout_listener_may_end_the_checkout(ending: str) -> None:
+    for pool_class in (QueuePool, PidPool):
+        pool = pool_class(Driver(), pool_size=1, max_overflow=0)
+        event.listen(pool, "checkout", lambda connection, record, checkout: getattr(checkout, ending)())
+        checkout = pool.connect()
+        assert checkout.is_detached
+        assert checkout.is_valid == (ending == "detach")
+        assert pool.checkedout() == 0
