@@ -134,11 +134,19 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
                     break
                 waiter.is_due = now >= waiter.since + PATIENCE
                 waiter.sleep(deadline - now if waiter.is_due else min(deadline - now, PATIENCE))
-        finally:
+        except BaseException:
+            # An interrupt, or gevent's timeout: nobody will have the item that this one may have been given.
+            if not self._forget(waiter):
+                self.put(waiter.item)
+            if taken:
+                self.put(item)
+            raise
+        else:
             if not self._forget(waiter):
                 if taken:
                     self.put(waiter.item)
                 item, taken = item if taken else waiter.item, True
+        finally:
             # While this one was awake, others were not woken.
             if self.queue and self._waiters:
                 self._serve_a_waiter()

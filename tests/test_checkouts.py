@@ -100,3 +100,28 @@ def test_a_checkout_listener_may_end_the_checkout(ending: str) -> None:
         assert checkout.is_detached
         assert checkout.is_valid == (ending == "detach")
         assert pool.checkedout() == 0
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_an_item_handed_to_a_thread_that_is_interrupted_goes_to_the_next() -> None:
+    """As gevent's timeouts and kills do, a signal handler raises where a thread waits."""
+    queue: IdleQueue[str] = IdleQueue(1)
+
+    def interrupt(*_: Any) -> None:
+        # What another thread that returns a connection does, one step before this one can go on.
+        waiter = queue._waiters.popleft()
+        waiter.hand("item")
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(Interrupted):
+            queue.get(True, BOUND)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert queue.get(False) == "item"
+    assert not queue._waiters
