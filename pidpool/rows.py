@@ -14,6 +14,7 @@ all others are written under the row's lock.
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 import threading
 import time
@@ -23,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pidpool import fork
 from pidpool.ownership import ConnectionTag
 from pidpool.stats import BOUNDS, ConnectionStats, Counters, Histogram, PoolStats
 
@@ -121,7 +121,8 @@ class Row:
         # Reentrant, since a finalizer may count something inside any line here.
         self._lock = threading.RLock()
         self._free = list(range(slots - 1, 0, -1))
-        self._process = fork.current()
+        # Not fork.current(): in a child that is the parent until the fork is dealt with, this row included.
+        self._pid = os.getpid()
         self._records: dict[int, weakref.ref[PidRecord]] = {}
 
     def records(self) -> list[PidRecord]:
@@ -131,6 +132,8 @@ class Row:
 
     def add(self, word: int, count: int = 1) -> None:
         """Add to a count of the process."""
+        if not self._is_of_this_process():
+            return
         with self._lock:
             self.words[word] += count
 
@@ -149,9 +152,16 @@ class Row:
 
     def add_opened(self, create_time: int) -> None:
         """Count a connection that took `create_time` nanoseconds to open."""
+        if not self._is_of_this_process():
+            return
         with self._lock:
             self.words[_CREATE + bucket(create_time)] += 1
             self.words[_CREATE_SUM] += create_time
+
+    def _is_of_this_process(self) -> bool:
+        # A child may leave a block that its parent entered, waiting() for one: what it counted there is
+        # the parent's to take back, and the lock may have been held at the fork.
+        return self._pid == os.getpid()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -180,8 +190,8 @@ class Row:
 
     def give_back_slot(self, record: PidRecord) -> None:
         """Take an entry's slot back, with its counts, which the next entry goes on with."""
-        if fork.flag[0] == fork.WIPED or self._process is not fork.current():
-            return  # the parent's
+        if not self._is_of_this_process():
+            return
         self._records.pop(id(record), None)
         if record.slot_number:
             name_connection(record.slot, None)

@@ -125,3 +125,106 @@ def test_an_item_handed_to_a_thread_that_is_interrupted_goes_to_the_next() -> No
         signal.signal(signal.SIGALRM, before)
     assert queue.get(False) == "item"
     assert not queue._waiters
+
+
+@both_hows
+@pytest.mark.parametrize("timeout", [None, BOUND])
+def test_a_child_forked_by_a_handler_in_a_waiting_thread_goes_on_with_its_own(
+    timeout: float | None, how: How
+) -> None:
+    driver = Driver()
+    pool = PidPool(driver, pool_size=1, max_overflow=0, timeout=timeout)
+    checkout = pool.connect()
+    own = os.getpid()
+    reader, writer = os.pipe()
+    children: list[int] = []
+
+    def let_in() -> None:
+        time.sleep(0.3)
+        os.kill(own, signal.SIGUSR1)
+
+    def handle(*_: Any) -> None:
+        # The child returns from here, to where its parent was.
+        pid = fork(how)
+        if pid:
+            children.append(pid)
+            checkout.close()
+        elif how == "c":
+            pool.status()
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    thread = threading.Thread(target=let_in)
+    thread.start()
+    try:
+        again = pool.connect()
+        if os.getpid() != own:
+            os.write(writer, b"1" if driver.opened == 2 and pool.checkedout() == 1 else b"0")
+    finally:
+        if os.getpid() != own:
+            os._exit(0)
+        signal.signal(signal.SIGUSR1, before)
+        thread.join(BOUND)
+        os.close(writer)
+    assert held(again).number == 1
+    child = children[0]
+    deadline = time.monotonic() + 10
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child waits for a connection of its parent's")
+        time.sleep(0.01)
+    assert os.read(reader, 1) == b"1"
+    os.close(reader)
+    assert pool.stats().waiting == 0
+    again.close()
+    assert pool.stats().counters.checkins == 2
+
+
+def test_a_child_that_fails_to_open_what_its_parent_began_has_no_more_room() -> None:
+    driver = Driver()
+    pool = PidPool(driver, pool_size=1, max_overflow=0, timeout=0)
+
+    own = os.getpid()
+    answers: list[Any] = []
+
+    def open_and_fork() -> Connection:
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            answers.append(writer)
+            raise ValueError("in the child")
+        os.close(writer)
+        answers.append(os.read(reader, 10))
+        os.close(reader)
+        os.waitpid(pid, 0)
+        return driver()
+
+    pool._creator = open_and_fork
+    try:
+        pool.connect().close()
+    except ValueError:
+        pass
+    finally:
+        if os.getpid() != own:
+            os.write(answers[0], str(pool.checkedout()).encode())
+            os._exit(0)
+    assert answers == [b"0"]
+
+
+@both_hows
+def test_a_childs_entries_give_their_slots_back(how: How) -> None:
+    pool = PidPool(Driver(), pool_size=1, max_overflow=3)
+    pool.connect().close()
+
+    def come_and_go() -> list[int]:
+        overflow = []
+        for _ in range(5):
+            checkouts = [pool.connect() for _ in range(4)]
+            while checkouts:
+                checkouts.pop().close()
+            overflow.append(pool.stats().overflow)
+        return [*overflow, pool.stats().counters.checkins, len(pool.stats().connections)]
+
+    assert run_in_child(come_and_go, how=how) == [0, 0, 0, 0, 0, 20, 1]
+    assert come_and_go() == [0, 0, 0, 0, 0, 21, 1]
