@@ -345,7 +345,10 @@ class PidFairy(_ConnectionFairy):
 def _ended() -> weakref.ref[Any]:
     class Something: ...
 
-    return weakref.ref(Something())
+    something = Something()
+    reference = weakref.ref(something)
+    hash(reference)  # while it can be; SQLAlchemy 2.0 looks it up in a dict
+    return reference
 
 
 _GONE = _ended()

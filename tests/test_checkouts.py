@@ -228,3 +228,15 @@ def test_a_childs_entries_give_their_slots_back(how: How) -> None:
 
     assert run_in_child(come_and_go, how=how) == [0, 0, 0, 0, 0, 20, 1]
     assert come_and_go() == [0, 0, 0, 0, 0, 21, 1]
+
+
+def test_a_dropped_checkout_comes_back_beside_a_queuepools_own() -> None:
+    """SQLAlchemy 2.0 keeps a dict of the checkouts of all pools."""
+    other, pool = QueuePool(Driver()), PidPool(Driver(), pool_size=1, max_overflow=0, timeout=0)
+    checkout_of_other = other.connect()
+    checkout = pool.connect()
+    number = held(checkout).number
+    del checkout
+    gc.collect()
+    assert held(pool.connect()).number == number
+    checkout_of_other.close()
