@@ -40,6 +40,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         # many there are and then to put would be two steps.
         self._places: list[None] = [None] * max(maxsize, 0)
         self._waiters: deque[_Waiter] = deque()
+        self._is_abandoned = False
 
     def get(self, block: bool = True, timeout: float | None = None) -> _T:
         """Get an item, waiting for `timeout` seconds at most.
@@ -95,6 +96,17 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         """Return whether there are `maxsize`."""
         return 0 < self.maxsize <= len(self.queue)
 
+    def abandon(self) -> None:
+        """Let go of all items, and have who waits find none: in a child, that has another queue.
+
+        Takes no lock. Only a thread that forked in a signal handler waits there, and gevent's greenlets.
+        """
+        self._is_abandoned = True
+        self.queue.clear()
+        for waiter in self._waiters:
+            waiter.is_awake = False
+            waiter.wake()
+
     # -- waiting
 
     def _serve_a_waiter(self) -> None:
@@ -130,15 +142,23 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
                 except sqlalchemy_queue.Empty:
                     pass
                 now = time.monotonic()
-                if now >= deadline:
+                if now >= deadline or self._is_abandoned:
                     break
                 waiter.is_due = now >= waiter.since + PATIENCE
                 waiter.sleep(deadline - now if waiter.is_due else min(deadline - now, PATIENCE))
-        finally:
+        except BaseException:
+            # An interrupt, or gevent's timeout: nobody will have the item that this one may have been given.
+            if not self._forget(waiter):
+                self.put(waiter.item)
+            if taken:
+                self.put(item)
+            raise
+        else:
             if not self._forget(waiter):
                 if taken:
                     self.put(waiter.item)
                 item, taken = item if taken else waiter.item, True
+        finally:
             # While this one was awake, others were not woken.
             if self.queue and self._waiters:
                 self._serve_a_waiter()

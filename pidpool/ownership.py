@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
 
-from pidpool import fork
+from pidpool import fork, inherited
 from pidpool.drivers import driver_of
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ class Holding:
             del register[self._key]
 
     def _collected(self, reference: weakref.ref[Any]) -> None:
+        # In a child that has not noticed its fork, nobody else will find it: its destructor is next.
+        if fork.flag[0] == fork.WIPED and self.sever and self.is_still_that_socket():
+            assert self.tag.fd is not None
+            inherited.sever(self.tag.fd)
         self.let_go()
 
 

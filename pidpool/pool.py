@@ -203,7 +203,7 @@ class PidPool(QueuePool):
         bucket = (waited_ns >> 10).bit_length()  # rows.bucket(), without the call
         record: Any = fairy._connection_record
         if record is None:
-            return fairy  # a listener has detached it
+            return fairy  # a checkout listener has detached or invalidated it
         record.holding.checked_out = record
         record.out_since = now
         slot = record.slot
@@ -230,8 +230,8 @@ class PidPool(QueuePool):
             overdue.watch(checkout.due_at)
 
     def _do_get(self) -> ConnectionPoolEntry:
-        idle = self._pool
         while True:
+            idle = self._pool  # another one where this is a child by now, forked in the lines below
             try:
                 return idle.get(False)
             except sqlalchemy_queue.Empty:
@@ -240,7 +240,8 @@ class PidPool(QueuePool):
                 try:
                     return self._create_connection()
                 except BaseException:
-                    self._dec_overflow()
+                    if idle is self._pool:  # else it was counted in the parent
+                        self._dec_overflow()
                     raise
             with self._telemetry.row.waiting():
                 try:
@@ -397,7 +398,10 @@ class PidPool(QueuePool):
         """Replace everything that another thread may have held at the fork; runs in the at-fork hook."""
         for record in self.records():
             record.disinherit()
-        self._pool = self._queue_class(self._pool.maxsize, use_lifo=self._pool.use_lifo)
+        inherited_queue = self._pool
+        self._pool = self._queue_class(inherited_queue.maxsize, use_lifo=inherited_queue.use_lifo)
+        if isinstance(inherited_queue, IdleQueue):
+            inherited_queue.abandon()
         self._overflow = 0 - self._pool.maxsize
         self._overflow_lock = threading.RLock()  # type: ignore[assignment]
         if "dispatch" in self.__dict__:  # else nobody has connected or listened yet, and it is made by asking

@@ -189,6 +189,11 @@ class PidFairy(_ConnectionFairy):
             return  # it was closed or detached
         if flag[0] == WIPED:
             fork.notice()  # first: what this process inherited is not its to return
+        # A checkout that failed has returned its entry, and lives as long as the traceback: by now the
+        # entry may be another one's.
+        reference = record.fairy_ref
+        if reference is None or reference() not in (self, None):
+            return
         record.fairy_ref = _GONE  # SQLAlchemy asks whether it is
         pool = self.pidpool
         with pool._telemetry.deferred():
@@ -341,7 +346,10 @@ class PidFairy(_ConnectionFairy):
 def _ended() -> weakref.ref[Any]:
     class Something: ...
 
-    return weakref.ref(Something())
+    something = Something()
+    reference = weakref.ref(something)
+    hash(reference)  # while it can be; SQLAlchemy 2.0 looks it up in a dict
+    return reference
 
 
 _GONE = _ended()

@@ -134,8 +134,8 @@ class Row:
 
     def add(self, word: int, count: int = 1) -> None:
         """Add to a count of the process; nothing is done in any other one."""
-        if os.getpid() != self._pid:
-            return  # before the lock, which the fork may have copied in a locked state
+        if not self._is_of_this_process():
+            return
         with self._lock:
             self.words[word] += count
 
@@ -154,11 +154,16 @@ class Row:
 
     def add_opened(self, create_time: int) -> None:
         """Count a connection that took `create_time` nanoseconds to open."""
-        if os.getpid() != self._pid:
+        if not self._is_of_this_process():
             return
         with self._lock:
             self.words[_CREATE + bucket(create_time)] += 1
             self.words[_CREATE_SUM] += create_time
+
+    def _is_of_this_process(self) -> bool:
+        # A child may leave a block that its parent entered, waiting() for one: what it counted there is
+        # the parent's to take back, and the lock may have been held at the fork.
+        return self._pid == os.getpid()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -189,8 +194,8 @@ class Row:
 
     def give_back_slot(self, record: PidRecord) -> None:
         """Take an entry's slot back, with its counts, which the next entry goes on with."""
-        if os.getpid() != self._pid:
-            return  # the parent's
+        if not self._is_of_this_process():
+            return
         with self._lock:
             self._records.pop(id(record), None)
             record.slot[TAKEN] -= 1

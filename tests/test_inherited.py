@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from conftest import MakeEngine
 from forking import How, run_in_child
-from parent import Parent, server_pid
+from parent import Parent, bytes_on_the_wire, server_pid
 from sqlalchemy import Column, Engine, Integer, String, event, text
 from sqlalchemy import select as sql_select
 from sqlalchemy.exc import OperationalError, StatementError
@@ -1010,3 +1010,41 @@ def test_a_child_that_ends_as_python_programs_end(tls_url: str, how: How, use: s
     )
     said = ([] if use == "never" else ["used 41"]) + ["finalized", "parent unharmed"]
     assert (ended.returncode, sorted(ended.stdout.splitlines()), ended.stderr) == (0, sorted(said), "")
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("what", ["detached", "idle"])
+def test_what_a_child_forked_in_c_collects_before_it_notices_is_severed(
+    tls_url: str, make_engine: MakeEngine, what: str
+) -> None:
+    """Weak references go before the destructors: nobody finds such a connection afterwards, and its
+    descriptor would keep the server's session when the parent is killed."""
+    kept: list[Any] = [make_engine(tls_url).pool.recreate()]
+    parent = kept[0].connect()
+    tag = tag_of(parent)
+    assert tag is not None and tag.fd is not None
+    if what == "detached":
+        parent.detach()
+    else:
+        parent.close()
+    kept.append(parent)
+    del parent
+    before = bytes_on_the_wire(tag.fd)
+
+    def collect() -> int:
+        kept.append(kept)  # a cycle, as an application's objects are in
+        holder = kept[:]
+        holder.append(holder)
+        kept.clear()
+        del holder
+        gc.collect()
+        assert tag.fd is not None
+        return os.fstat(tag.fd).st_ino
+
+    assert run_in_child(collect, how="c") != tag.socket_inode
+    assert bytes_on_the_wire(tag.fd) == before
+    with kept[1] if what == "detached" else kept[0].connect() as connection:
+        cursor = connection.cursor()
+        cursor.execute("select pg_backend_pid()")
+        assert cursor.fetchone() == (tag.server_pid,)
+    kept[0].dispose()
