@@ -109,8 +109,15 @@ class _Gate:
             self._connecting[thread] = self._connecting.get(thread, 0) + 1
 
     def leave_connect(self) -> None:
-        """Call once the connection is open and its connect events have run, or failed."""
-        self._leave(self._connecting)
+        """Call once the connection is open and its connect events have run, or failed.
+
+        In a child that was forked meanwhile this does nothing: the gate is its parent's, whose threads
+        may have left it locked.
+        """
+        if flag[0] == WIPED:
+            notice()
+        if self is gate:
+            self._leave(self._connecting)
 
     def before_fork(self) -> None:
         """Wait until no other thread is connecting; a thread that forks itself does not count."""

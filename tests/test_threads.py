@@ -401,3 +401,29 @@ def test_the_pools_limits_are_exact_with_64_threads(tls_url: str, make_engine: M
         engine.connect()
     for connection in every:
         connection.close()
+
+
+@both_hows
+def test_a_child_forked_inside_a_creator_leaves_the_parents_gate_alone(tls_url: str, how: How) -> None:
+    """Another thread held the gate's lock at the fork: it stays locked in the child."""
+    gate = fork.gate
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with gate._changed:
+            held.set()
+            assert let_go.wait(BOUND)
+
+    gate.enter_connect()
+    try:
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(BOUND)
+        if how == "python":  # whose hook waits for the lock, for a bounded time and then without it
+            let_go.set()
+        run_in_child(gate.leave_connect, how=how, life=10)
+        let_go.set()
+        holder.join(BOUND)
+    finally:
+        gate.leave_connect()
+    assert not gate._connecting
