@@ -40,6 +40,11 @@ def _tell() -> None:
 
 
 def _before_fork() -> None:
+    # Handlers run the last one first. What a log needs at the end is stopped by a handler, as a rule: a
+    # queue's listener, multiprocessing's queues (to write to one afterwards was seen to hang the exit).
+    # Whoever logs with them has registered theirs by now, so this one is made the last.
+    atexit.unregister(_tell)
+    atexit.register(_tell)
     # Only now, and only where somebody else has imported it: that takes longer than all of pidpool.
     global _known_to_multiprocessing
     util: Any = sys.modules.get("multiprocessing.util")

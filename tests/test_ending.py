@@ -16,15 +16,15 @@ from pidpool.embedded import EmbeddedPostgres
 
 # A parent that forks in a transaction, and uses its pool no more.
 PROGRAM = """
-import concurrent.futures, ctypes, gc, multiprocessing, os, sys
+from pidpool import PidPool  # before the others, so that their atexit handlers come before its own
+import atexit, concurrent.futures, ctypes, gc, logging.handlers, multiprocessing, os, queue, sys
 from pathlib import Path
 import structlog
 from sqlalchemy import create_engine, text
-from pidpool import PidPool
 
 how, url, path = sys.argv[1:]
 log = open(path, "a")
-if how != "unconfigured":
+if how not in ("unconfigured", "queue with a listener", "queue of multiprocessing"):
     structlog.configure(
         processors=[structlog.processors.add_log_level, structlog.processors.JSONRenderer()],
         logger_factory=structlog.WriteLoggerFactory(log),
@@ -33,6 +33,15 @@ engine = create_engine(url, poolclass=PidPool)
 connection = engine.connect()
 server_pid = connection.execute(text("select pg_backend_pid()")).scalar()
 log.flush()
+if how == "queue with a listener":
+    lines = queue.SimpleQueue()
+    listener = logging.handlers.QueueListener(lines, logging.StreamHandler())
+    listener.start()
+    atexit.register(listener.stop)
+    logging.basicConfig(level="INFO", handlers=[logging.handlers.QueueHandler(lines)])
+elif how == "queue of multiprocessing":
+    lines = multiprocessing.Queue()
+    logging.basicConfig(level="INFO", handlers=[logging.handlers.QueueHandler(lines)])
 
 def drop():
     global connection
@@ -56,7 +65,7 @@ def children():
                 log.close()
             if how != "C, untouched":
                 drop()
-            (os._exit if how == "_exit" else sys.exit)(0)
+            (os._exit if how in ("_exit", "queue with a listener") else sys.exit)(0)
         assert os.waitpid(pid, 0)[1] == 0
 
 children()
@@ -113,6 +122,19 @@ def test_with_no_configuration_the_leak_is_a_warning_on_standard_error(
     _, _, said = run("unconfigured", postgres, tmp_path / "log")
     (line,) = said.splitlines()
     assert "connection.inherited" in line and "in transaction" in line
+
+
+@pytest.mark.usefixtures("clean_log")
+def test_the_end_is_told_before_the_log_is_stopped(postgres: EmbeddedPostgres, tmp_path: Path) -> None:
+    _, _, said = run("queue with a listener", postgres, tmp_path / "log")
+    assert said.count("pool.forked") == 1
+
+
+@pytest.mark.usefixtures("clean_log")
+def test_a_log_through_a_queue_of_multiprocessing_does_not_hold_up_the_end(
+    postgres: EmbeddedPostgres, tmp_path: Path
+) -> None:
+    run("queue of multiprocessing", postgres, tmp_path / "log")
 
 
 def test_multiprocessing_is_not_imported_for_it() -> None:
