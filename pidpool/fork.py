@@ -8,6 +8,7 @@ The lazy check is one read of `flag`, a byte on a page that the kernel zeroes in
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  for its at-fork hook, see below
 import gc
 import mmap
 import os
@@ -17,7 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-# Imports logging, whose at-fork hooks have to be registered before ours.
+# Imports logging. Its at-fork hooks, and those of concurrent.futures, take a lock before the fork: they
+# have to be registered before ours, so as to run after it. Else a thread that has that lock would wait in
+# our hook for a connect whose thread waits for the lock, to fork too
+# (tests/test_threads.py::test_connecting_threads_that_fork_do_not_wait_for_each_other).
 from pidpool import writers
 
 _MADV_WIPEONFORK = 18
