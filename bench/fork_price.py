@@ -43,8 +43,9 @@ def answer(scale: Scale) -> Answer:
 
     hook = {size: more(_hook, size) for size in (0, *SIZES)}
     use = {size: more(_use, size) for size in (0, *SIZES)}
+    both = {size: more(lambda each: _hook(each) + _use(each), size) for size in SIZES}
     rows = []
-    for what, by_size in (("the child's hook", hook), ("its first use of the pool", use)):
+    for what, by_size in (("the child's hook", hook), ("hook and first use of the pool", both)):
         few = (by_size[100].median - by_size[1].median) / 99
         many = (by_size[1000].median - by_size[100].median) / 900
         low, high = LINEAR
