@@ -66,8 +66,10 @@ class Browser:
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
     """Run a browser with a fresh profile in the given directory."""
+    binary, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert binary and chromedriver, "needs Chromium: apt-get install chromium chromium-driver"
     options = Options()
-    options.binary_location = shutil.which("chromium") or "chromium"
+    options.binary_location = binary
     for argument in (
         "--headless=new",
         "--no-sandbox",
@@ -81,7 +83,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver") or "chromedriver"))
+    driver = webdriver.Chrome(options, Service(chromedriver))
     try:
         yield Browser(driver)
     finally:

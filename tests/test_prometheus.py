@@ -9,11 +9,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 from conftest import MakeEngine
 from parent import server_pid
 from sqlalchemy import Engine, make_url, text
+from waiting import until
 
 from pidpool import serve_stats
 from pidpool.embedded import EmbeddedPostgres
@@ -30,23 +30,11 @@ from pidpool.endpoint import StatsServer
 
 pytestmark = pytest.mark.system
 
-PATIENCE = 60.0
-
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 @contextmanager

@@ -9,17 +9,17 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from waiting import PATIENCE, until
 
 from pidpool.embedded import EmbeddedPostgres
 
 WORKERS = 4
 CHECKOUTS = 3
-PATIENCE = 40.0
 
 APPLICATION = f"""
 import os, signal
@@ -72,16 +72,6 @@ def gunicorn(directory: Path, url: str) -> Iterator[tuple[int, int]]:
                 server.wait(20)
             finally:
                 server.kill()
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def get(port: int, path: str) -> bytes | None:
