@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
-SOAK ?= tests/test_writers.py tests/test_family.py tests/test_many_forks.py -k 'eight or storm or many'
+SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py -k 'eight or storm or many'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONPATH PYTHONHOME
@@ -41,7 +41,7 @@ soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an ho
 	PIDPOOL_SOAK=1 PIDPOOL_FORKS=20000 $(bin)/python -m pytest --timeout=3600 $(SOAK)
 
 sqlalchemy-suite: $(VENV)/.dev ## run SQLAlchemy's own pool tests on pidpool
-	$(bounded) $(bin)/python tests/sqlalchemy_suite.py
+	$(bounded) $(bin)/python tests/_sqlalchemy/suite.py
 
 lint: $(VENV)/.dev ## check style and types
 	$(bin)/ruff check

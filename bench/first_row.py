@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench import contenders, forker
 from bench.forker import Forked, alternate_forks, forkers
 from bench.harness import Answer, Panel, Row, Scale, Spread, main, ratios
-from pidpool.embedded import EmbeddedPostgres
+from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 QUESTION = "From the fork to the first row in the child"
 

@@ -15,8 +15,8 @@ from bench import contenders, fake_driver
 from bench.contenders import PID
 from bench.growth import Family
 from bench.harness import Answer, Panel, Row, Scale, Slice, Spread, alternate, cpu_slice, main, ratios
-from pidpool.endpoint import StatsApp
-from pidpool.endpoint.answers import Request
+from pidpool.export.endpoint import StatsApp
+from pidpool.export.endpoint.answers import Request
 
 QUESTION = "A scrape"
 

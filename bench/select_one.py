@@ -26,7 +26,7 @@ from bench.harness import (
     wall_slice,
 )
 from pidpool import PidPool
-from pidpool.embedded import EmbeddedPostgres
+from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 QUESTION = "SELECT 1 over TLS"
 

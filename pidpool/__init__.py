@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from pidpool.aio import AsyncPidPool
 from pidpool.errors import ForeignConnectionError
-from pidpool.ownership import ConnectionTag, tag_of
+from pidpool.forks.ownership import ConnectionTag, tag_of
 from pidpool.pool import PidPool
 
 if TYPE_CHECKING:
-    from pidpool.endpoint import StatsApp, serve_stats
+    from pidpool.export.endpoint import StatsApp, serve_stats
 
 __all__ = [
     "AsyncPidPool",
@@ -27,7 +27,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # Not before they are asked for: a pool needs no HTTP.
     if name in ("StatsApp", "serve_stats"):
-        from pidpool import endpoint
+        from pidpool.export import endpoint
 
         return getattr(endpoint, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

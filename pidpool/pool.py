@@ -20,18 +20,23 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePoo
 from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import queue as sqlalchemy_queue
 
-from pidpool import fork, inherited, overdue, ownership, places, rows
-from pidpool.adoption import Adoption, Fork, forkable, renew_first_connect
-from pidpool.checkouts import Checkout
+from pidpool._sqlalchemy.checkout import PidFairy, PidRecord, check_out
+from pidpool._sqlalchemy.idle_queue import IdleQueue
 from pidpool.drivers import Driver, Settings, driver_of
 from pidpool.errors import ForeignCheckoutError
-from pidpool.family import Family
-from pidpool.fork import SETTLED, WIPED, flag
-from pidpool.idle import IdleQueue
-from pidpool.inherited import DisownedConnection
-from pidpool.proxied import PidFairy, PidRecord, check_out
-from pidpool.stats import FamilyStats, PoolStats
-from pidpool.telemetry import ClosedReason, Telemetry
+from pidpool.events import overdue
+from pidpool.events import user_code as places
+from pidpool.events.emitter import ClosedReason, Telemetry
+from pidpool.events.watched_checkout import Checkout
+from pidpool.forks import detection as fork
+from pidpool.forks import ownership
+from pidpool.forks import stand_in as inherited
+from pidpool.forks.detection import SETTLED, WIPED, flag
+from pidpool.forks.stand_in import DisownedConnection
+from pidpool.forks.takeover import Adoption, Fork, forkable, renew_first_connect
+from pidpool.stats import rows
+from pidpool.stats.family import Family
+from pidpool.stats.snapshots import FamilyStats, PoolStats
 
 _ON_FOREIGN = ("replace", "refuse")
 _INHERITED_SOCKETS = ("sever", "keep")
@@ -47,7 +52,7 @@ class PidPool(QueuePool):
     own, and opens connections of its own.
 
     Threads: as QueuePool, any number may use the pool at once. A fork waits for connections being
-    opened in other threads, `pidpool.fork.CONNECT_WAIT` seconds at most.
+    opened in other threads, `pidpool.forks.detection.CONNECT_WAIT` seconds at most.
 
     :param creator: as QueuePool's; so are ``pool_size``, ``max_overflow``, ``timeout`` (seconds),
         ``use_lifo``, ``recycle`` (seconds) and all further options.

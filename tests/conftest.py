@@ -4,13 +4,14 @@ its log stays clean."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
+from engines import MakeEngine
 from sqlalchemy import Engine, create_engine, text
 
 from pidpool import PidPool
-from pidpool.embedded import EmbeddedPostgres
+from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +28,6 @@ def url(request: pytest.FixtureRequest, postgres: EmbeddedPostgres) -> str:
 @pytest.fixture
 def tls_url(postgres: EmbeddedPostgres) -> str:
     return postgres.url(tls=True)
-
-
-class MakeEngine(Protocol):
-    def __call__(self, url: str, **options: Any) -> Engine: ...
 
 
 @pytest.fixture

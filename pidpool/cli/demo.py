@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from sqlalchemy import URL
 
-    from pidpool.demo.measuring import Results, ServerLog
-    from pidpool.demo.verdicts import Verdict
+    from pidpool.tools.demo.measuring import Results, ServerLog
+    from pidpool.tools.demo.verdicts import Verdict
 
 _NOT_RUN = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -89,7 +89,7 @@ def command(iterations: int, database: str | None, as_json: bool) -> None:
         with needing("demo"):
             from rich.console import Console
 
-            from pidpool.demo import report
+            from pidpool.tools.demo import report
         started = time.monotonic()
         results, server = _measure(iterations, database)
         seconds = time.monotonic() - started
@@ -103,8 +103,8 @@ def command(iterations: int, database: str | None, as_json: bool) -> None:
 def _measure(iterations: int, database: str | None) -> tuple[Results, dict[str, Any]]:
     from sqlalchemy.exc import DBAPIError
 
-    from pidpool.demo.measuring import STEPS, TableLeft, measure_all
-    from pidpool.embedded import EmbeddedPostgresError
+    from pidpool.tools.demo.measuring import STEPS, TableLeft, measure_all
+    from pidpool.tools.demo.postgres import EmbeddedPostgresError
 
     try:
         with _Progress(STEPS) as progress, contextlib.ExitStack() as stack:
@@ -133,7 +133,7 @@ def _give_up(why: str) -> NoReturn:
 def _embedded(progress: _Progress) -> Iterator[tuple[URL, URL, ServerLog]]:
     from sqlalchemy import make_url
 
-    from pidpool.embedded import EmbeddedPostgres
+    from pidpool.tools.demo.postgres import EmbeddedPostgres
 
     if not sys.platform.startswith("linux"):
         _give_up(

@@ -19,9 +19,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from pidpool.logs import document, page, reading, terminal
-from pidpool.logs.reading import Source, Unreadable
-from pidpool.logs.summary import Summary
+from pidpool.tools.logs import document, page, reading, terminal
+from pidpool.tools.logs.reading import Source, Unreadable
+from pidpool.tools.logs.summary import Summary
 
 USAGE = 2
 """The exit status where a log can't be read or the page can't be written."""

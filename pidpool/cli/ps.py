@@ -18,9 +18,9 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.text import Text
 
-from pidpool import sockets
 from pidpool.cli.words import duration, printable
-from pidpool.sockets import Holder, Owner, Process, Scan, SharedSocket
+from pidpool.tools.ps import sockets
+from pidpool.tools.ps.sockets import Holder, Owner, Process, Scan, SharedSocket
 
 FOUND = 1
 """The exit status of ``--check`` if there is a shared socket."""

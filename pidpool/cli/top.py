@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pidpool.cli.words import duration, printable
-from pidpool.stats_client import Family, Member, Rates, StatsUnavailable, Tally, fetch, rates, stats_url
+from pidpool.tools.top.client import Family, Member, Rates, StatsUnavailable, Tally, fetch, rates, stats_url
 
 UNAVAILABLE = 1
 """The exit status if the endpoint gives no stats at the first time of asking."""

@@ -1,0 +1,137 @@
+"""A pool's figures as OpenTelemetry metrics, under the names of the semantic conventions.
+
+Needs opentelemetry-api only (``pip install 'pidpool[otel]'``); what is done with the figures is up to
+the application's own OpenTelemetry SDK.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary, WeakSet
+
+from pidpool.export.sources import checked, pool_of
+from pidpool.stats.metrics import (
+    DURATIONS,
+    FAMILY_NUMBERS,
+    NUMBERS,
+    NUMBERS_BY,
+    POOL_NAME,
+    Durations,
+    Numbers,
+)
+
+try:
+    from opentelemetry.metrics import Meter, MeterProvider, Observation, get_meter_provider
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"pidpool.otel needs opentelemetry-api ({error}): pip install 'pidpool[otel]'", name=error.name
+    ) from error
+
+if TYPE_CHECKING:
+    from pidpool.export.sources import Source
+    from pidpool.pool import PidPool
+    from pidpool.stats.snapshots import FamilyStats, PoolStats
+
+    _Read: TypeAlias = "Callable[[Any], Iterable[tuple[dict[str, str], float | None]]]"
+
+
+def instrument(engine: Source, meter_provider: MeterProvider | None = None) -> None:
+    """Have the metrics of an engine's pool collected; once for each engine.
+
+    Each process tells of its own part of the pool, from zero after a fork: forked workers export as
+    they would without this, each by itself, and are told apart by the attribute ``process.pid``. Only
+    ``pidpool.processes``, ``.unlisted_processes``, ``.possible_maximum`` and
+    ``.server_max_connections`` are of the whole family; don't add those up over processes.
+
+    The conventions' ``create_time``, ``wait_time`` and ``use_time`` are histograms, and OpenTelemetry
+    has no histogram whose buckets could be handed over when it collects. Recording each checkout
+    instead would cost every checkout several times what it costs now. So these three are told as
+    counters: ``pidpool.connection.wait_time.sum`` in seconds and ``pidpool.connection.wait_time.count``,
+    likewise the others, whose quotient is the mean; the whole histograms are in ``/metrics``.
+
+    Nothing is read before a collection, and a collection opens no connection. The engine is not kept
+    alive by this. Doing it again for the same engine and provider changes nothing.
+
+    :param engine: an engine, async engine or pool; two that are instrumented must not have the same
+        ``pool_logging_name``.
+    :param meter_provider: instead of the one that is set for the process.
+    :raises TypeError: if the pool is no `PidPool`.
+    """
+    provider = get_meter_provider() if meter_provider is None else meter_provider
+    instrumented = _instrumented.get(provider)
+    if instrumented is None:
+        # One set of instruments for all engines: a second of the same name would be a conflict.
+        instrumented = _instrumented[provider] = _Instrumented()
+        instrumented.create(provider.get_meter("pidpool"))
+    instrumented.sources.add(checked(engine))
+
+
+class _Instrumented:
+    """The engines that one meter provider collects of."""
+
+    def __init__(self) -> None:
+        self.sources: WeakSet[Any] = WeakSet()
+
+    def create(self, meter: Meter) -> None:
+        create = {
+            "counter": meter.create_observable_counter,
+            "updowncounter": meter.create_observable_up_down_counter,
+            "gauge": meter.create_observable_gauge,
+        }
+        for number in NUMBERS:
+            callback = self._callback(_own, _one(number.read))
+            create[number.kind](number.name, [callback], number.unit, number.description)
+        for gauge in FAMILY_NUMBERS:
+            callback = self._callback(_family, _one(gauge.read))
+            create["gauge"](gauge.name, [callback], gauge.unit, gauge.description)
+        for numbers in NUMBERS_BY:
+            callback = self._callback(_own, _several(numbers))
+            create[numbers.kind](numbers.name, [callback], numbers.unit, numbers.description)
+        for durations in DURATIONS:
+            name = durations.name.replace("db.client.", "pidpool.")
+            callback = self._callback(_own, _sum(durations))
+            create["counter"](f"{name}.sum", [callback], "s", f"{durations.description} All together.")
+            callback = self._callback(_own, _count(durations))
+            create["counter"](f"{name}.count", [callback], "1", f"{durations.description} How often.")
+
+    def _callback(
+        self, take: Callable[[PidPool], Any], read: _Read
+    ) -> Callable[[Any], Iterator[Observation]]:
+        def observe(options: object) -> Iterator[Observation]:
+            for source in list(self.sources):
+                stats = take(pool_of(source))
+                for attributes, value in read(stats):
+                    if value is not None:
+                        common = {POOL_NAME: stats.pool, "process.pid": os.getpid()}
+                        yield Observation(value, {**common, **attributes})
+
+        return observe
+
+
+def _own(pool: PidPool) -> PoolStats:
+    return pool.stats()
+
+
+def _family(pool: PidPool) -> FamilyStats:
+    return pool.family_stats()
+
+
+def _one(read: Callable[[Any], int | None]) -> _Read:
+    return lambda stats: [({}, read(stats))]
+
+
+def _several(numbers: Numbers) -> _Read:
+    return lambda stats: [({numbers.attribute: value}, count) for value, count in numbers.all(stats).items()]
+
+
+def _sum(durations: Durations) -> _Read:
+    return lambda stats: [({}, durations.read(stats).sum)]
+
+
+def _count(durations: Durations) -> _Read:
+    return lambda stats: [({}, durations.read(stats).count)]
+
+
+_instrumented: WeakKeyDictionary[MeterProvider, _Instrumented] = WeakKeyDictionary()

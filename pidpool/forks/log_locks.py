@@ -1,0 +1,123 @@
+"""Keeps a fork out of the middle of a log line: the locks of this process's log writers are held over
+the fork, and what can't be held is made anew in the child.
+
+A writer has two locks. structlog's writers keep theirs over a fork, a locked one too (seen to hang a
+child); the stdlib makes its handlers new ones. Under both lies the lock of the file's own buffer,
+which Python never renews: a thread caught in the middle of a write leaves it behind, and the child's
+first line would wait for it for ever. Whoever holds a writer's lock at the fork knows that nobody is
+in the middle of a write (tests/forks/test_log_locks.py).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import structlog
+
+WRITER_WAIT = 1.0
+"""Seconds that a fork waits at most for log lines being written by other threads."""
+
+LIVING_WAIT = 0.2
+"""Seconds for which a lock may be found taken, where a child may have threads of its own, before its
+holder counts as a thread of the parent's."""
+
+_held: dict[int, list[Any]] = {}  # by thread: two may fork at a time
+
+
+def hold() -> None:
+    """Take the writers' locks, before a fork; goes without those that aren't free in time."""
+    held = _held[threading.get_ident()] = []
+    deadline = time.monotonic() + WRITER_WAIT
+    for lock, _ in _writers():
+        if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            held.append(lock)
+        elif lock is _of_logging:
+            # Its holder may want the handlers' locks (logging.config does), and the stdlib's own hook
+            # is about to wait for it, without a bound.
+            return
+
+
+def release() -> None:
+    """Give the locks back, after the fork, in the parent and in a child alike."""
+    held = _held.pop(threading.get_ident(), [])
+    while held:
+        try:
+            held.pop().release()
+        except RuntimeError:
+            pass  # the stdlib has made this one anew in the child
+
+
+def renew(*, in_hook: bool) -> None:
+    """Make anew, in a child, what another thread may have been in the middle of at the fork: that
+    thread does not exist here.
+
+    :param in_hook: nothing else has run in this child yet. Otherwise it may have written lines and
+        started threads: then only what is stuck is made anew.
+    """
+    held = {id(lock) for lock in _held.get(threading.get_ident(), ())}
+    release()
+    _held.clear()
+    for lock, files in _writers():
+        if id(lock) in held:
+            continue
+        # No wait in the hook: under gevent it would switch to the parent's greenlets.
+        if not in_hook and lock.acquire(timeout=LIVING_WAIT):
+            lock.release()
+            continue
+        # The lock itself is reset, since loggers that were made already refer to it.
+        if hasattr(lock, "_at_fork_reinit"):
+            lock._at_fork_reinit()
+        for file in files:
+            _renew_buffer(file)
+
+
+def _renew_buffer(file: Any) -> None:
+    """Give a file's buffer a new lock. What it held goes: the parent has it too, and will write it."""
+    buffer = getattr(file, "buffer", file)  # a text file's
+    for kind in (io.BufferedWriter, io.BufferedRandom):
+        initialise: Any = kind.__init__
+        if isinstance(buffer, kind):
+            try:
+                initialise(buffer, buffer.raw)  # in place, as with the locks
+            except (OSError, ValueError):
+                pass  # closed, or no longer open for writing
+
+
+_of_logging: Any = getattr(logging, "_lock", None)
+
+
+def _writers() -> Iterator[tuple[Any, list[Any]]]:
+    """Return every lock once, with the files that are written to under it."""
+    found: dict[int, tuple[Any, list[Any]]] = {}
+
+    def add(lock: Any, *files: Any) -> None:
+        found.setdefault(id(lock), (lock, []))[1].extend(files)
+
+    # By file, for all of structlog's PrintLogger, WriteLogger and BytesLogger.
+    output: Any = structlog._output
+    locks = getattr(output, "WRITE_LOCKS", {})
+    # Copied in one step: other threads may be making loggers. Keys are weak references since structlog 25.
+    for file, lock in list(getattr(locks, "data", locks).items()):
+        file = file() if isinstance(file, weakref.ref) else file
+        # PrintLogger prints to what sys.stdout is at the time.
+        add(lock, file, *([sys.stdout] if file is output.stdout else []))
+    if _of_logging is not None:
+        add(_of_logging)
+    # All handlers and not just those that pidpool's events pass: others may write to the same file.
+    # The newest first, as one that passes records on was made after the one that it passes them to.
+    for reference in reversed(logging._handlerList[:]):  # type: ignore[attr-defined]
+        handler = reference()
+        if handler is None or handler.lock is None:
+            continue
+        add(handler.lock, getattr(handler, "stream", None))
+        mutex = getattr(getattr(handler, "queue", None), "mutex", None)
+        if mutex is not None:  # QueueHandler: its listener takes the queue's lock alone
+            add(mutex)
+    return iter(found.values())

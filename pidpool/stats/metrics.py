@@ -1,0 +1,248 @@
+"""The metrics of a pool: one table for all who export them, with the names, units and meanings of
+OpenTelemetry's semantic conventions for connection pools, and ``pidpool.*`` for what those don't have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from pidpool.events.emitter import ClosedReason
+from pidpool.forks import stand_in as inherited
+from pidpool.forks.detection import Trigger
+from pidpool.stats.snapshots import FamilyStats, Histogram, PoolStats
+
+POOL_NAME = "db.client.connection.pool.name"
+
+Stats: TypeAlias = PoolStats | FamilyStats
+
+
+@dataclass(frozen=True)
+class Number:
+    """A metric with one value; None where there is no number that would be true."""
+
+    name: str
+    kind: Literal["counter", "updowncounter", "gauge"]
+    unit: str
+    description: str
+    read: Callable[[Stats], int | None]
+
+
+@dataclass(frozen=True)
+class FamilyNumber:
+    """A gauge that only a family has."""
+
+    name: str
+    unit: str
+    description: str
+    read: Callable[[FamilyStats], int | None]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A metric with a value for each value of one attribute."""
+
+    name: str
+    kind: Literal["counter", "updowncounter"]
+    unit: str
+    description: str
+    attribute: str
+    known: tuple[str, ...]
+    """Told from the start, as zero: the first increase of a series that was not there is lost."""
+    read: Callable[[Stats], Mapping[str, int]]
+
+    def all(self, stats: Stats) -> dict[str, int]:
+        """Return all values, those that are zero included."""
+        return {**dict.fromkeys(self.known, 0), **self.read(stats)}
+
+
+@dataclass(frozen=True)
+class Durations:
+    """A histogram, in seconds."""
+
+    name: str
+    description: str
+    read: Callable[[Stats], Histogram]
+
+
+def _idle_maximum(stats: Stats) -> int | None:
+    processes = stats.processes if isinstance(stats, FamilyStats) else [stats]
+    sizes = [process.size for process in processes if process.alive]
+    return None if 0 in sizes else sum(sizes)
+
+
+NUMBERS = (
+    Number(
+        "db.client.connection.max",
+        "updowncounter",
+        "{connection}",
+        "Connections that may be open at a time; absent if there is no limit.",
+        lambda stats: stats.maximum,
+    ),
+    Number(
+        "db.client.connection.idle.max",
+        "updowncounter",
+        "{connection}",
+        "Idle connections that may be kept open; absent if there is no limit.",
+        _idle_maximum,
+    ),
+    Number(
+        "db.client.connection.pending_requests",
+        "updowncounter",
+        "{request}",
+        "Threads that currently wait for a connection.",
+        lambda stats: stats.waiting,
+    ),
+    Number(
+        "db.client.connection.timeouts",
+        "counter",
+        "{timeout}",
+        "Checkouts that found no connection free within the pool's timeout.",
+        lambda stats: stats.counters.timeouts,
+    ),
+    Number(
+        "pidpool.connections.opened",
+        "counter",
+        "{connection}",
+        "Connections opened.",
+        lambda stats: stats.counters.opened,
+    ),
+    Number(
+        "pidpool.checkouts",
+        "counter",
+        "{checkout}",
+        "Connections checked out.",
+        lambda stats: stats.counters.checkouts,
+    ),
+    Number(
+        "pidpool.checkins",
+        "counter",
+        "{checkin}",
+        "Connections checked in.",
+        lambda stats: stats.counters.checkins,
+    ),
+    Number(
+        "pidpool.invalidations",
+        "counter",
+        "{invalidation}",
+        "Connections invalidated.",
+        lambda stats: stats.counters.invalidations,
+    ),
+    Number(
+        "pidpool.severed",
+        "counter",
+        "{connection}",
+        "Inherited sockets that a child replaced by dead ones.",
+        lambda stats: stats.counters.severed,
+    ),
+    Number(
+        "pidpool.kept",
+        "counter",
+        "{connection}",
+        "Inherited connections whose descriptors a child left alone.",
+        lambda stats: stats.counters.kept,
+    ),
+    Number(
+        "pidpool.replaced",
+        "counter",
+        "{use}",
+        "Uses of an inherited connection that went on with one of the child's own.",
+        lambda stats: stats.counters.replaced,
+    ),
+    Number(
+        "pidpool.refused",
+        "counter",
+        "{use}",
+        "Uses of an inherited connection that were refused.",
+        lambda stats: stats.counters.refused,
+    ),
+    Number(
+        "pidpool.forks",
+        "counter",
+        "{fork}",
+        "Children forked.",
+        lambda stats: stats.counters.forks,
+    ),
+)
+
+FAMILY_NUMBERS = (
+    FamilyNumber(
+        "pidpool.processes", "{process}", "Processes of the family that run.", lambda family: family.alive
+    ),
+    FamilyNumber(
+        "pidpool.unlisted_processes",
+        "{process}",
+        "Processes that found no room in the family's memory: their connections are not counted.",
+        lambda family: family.unlisted,
+    ),
+    FamilyNumber(
+        "pidpool.possible_maximum",
+        "{connection}",
+        "Running processes times what each may open (pool_size + max_overflow); absent if there is no limit.",
+        lambda family: family.maximum,
+    ),
+    FamilyNumber(
+        "pidpool.server_max_connections",
+        "{connection}",
+        "The server's max_connections; absent if not known.",
+        lambda family: family.server_max_connections,
+    ),
+)
+
+NUMBERS_BY = (
+    Numbers(
+        "db.client.connection.count",
+        "updowncounter",
+        "{connection}",
+        "Connections that are currently in the state described by the state attribute.",
+        "db.client.connection.state",
+        (),
+        lambda stats: {"idle": stats.idle, "used": stats.used},
+    ),
+    Numbers(
+        "pidpool.connections.closed",
+        "counter",
+        "{connection}",
+        "Connections closed, by reason.",
+        "reason",
+        get_args(ClosedReason),
+        lambda stats: stats.counters.closed,
+    ),
+    Numbers(
+        "pidpool.inherited",
+        "counter",
+        "{connection}",
+        "Connections that children inherited, by what they were doing at the fork.",
+        "state",
+        (inherited.IDLE, inherited.NO_TRANSACTION, inherited.IN_TRANSACTION, inherited.UNKNOWN),
+        lambda stats: stats.counters.inherited,
+    ),
+    Numbers(
+        "pidpool.adoptions",
+        "counter",
+        "{adoption}",
+        "Pools that forked children took over, by what noticed the fork.",
+        "trigger",
+        get_args(Trigger),
+        lambda stats: stats.counters.adoptions,
+    ),
+)
+
+DURATIONS = (
+    Durations(
+        "db.client.connection.create_time",
+        "The time it took to create a new connection.",
+        lambda stats: stats.counters.create_time,
+    ),
+    Durations(
+        "db.client.connection.wait_time",
+        "The time it took to obtain an open connection from the pool.",
+        lambda stats: stats.counters.wait_time,
+    ),
+    Durations(
+        "db.client.connection.use_time",
+        "The time between borrowing a connection and returning it to the pool.",
+        lambda stats: stats.counters.use_time,
+    ),
+)

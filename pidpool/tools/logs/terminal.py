@@ -1,0 +1,372 @@
+"""The summary for a terminal, readable at 80 columns: what is wrong first, then who did what.
+
+What is printed of a log has been through clean.py; it is never taken for rich's markup.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+from rich.tree import Tree
+
+from pidpool.tools.logs.clean import cleaned
+from pidpool.tools.logs.document import foreign, places, totals
+from pidpool.tools.logs.processes import Connection, Process
+from pidpool.tools.logs.reading import Source
+from pidpool.tools.logs.summary import Leak, Longest, Summary, UnheardFork
+from pidpool.tools.logs.units import clock, count, day, duration
+
+MOST_PROCESSES = 40
+MOST_CONNECTIONS = 5
+"""Of one process."""
+MOST_LEAKS = 20
+
+_HEADING = "bold"
+_FAINT = "dim"
+_BAD = "bold red"
+_WARN = "yellow"
+
+
+def render(summary: Summary, sources: Sequence[Source], width: int, colour: bool, top: int = 10) -> str:
+    """Return the whole summary as text.
+
+    :param width: columns.
+    :param colour: whether to use a terminal's colours.
+    :param top: how many of the longest are shown.
+    """
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=colour, color_system="auto" if colour else None
+    )
+    console.print(_facts(summary, sources), soft_wrap=False)
+    if summary.first_at is None:
+        return _text_of(console)
+    _print_leaks(console, summary)
+    _print_processes(console, summary)
+    _print_longest(console, summary, "Longest waits for a connection", summary.waits, top)
+    _print_longest(console, summary, "Longest holds", summary.holds, top)
+    _print_not_returned(console, summary, top)
+    _print_timeouts(console, summary, top)
+    _print_over_maximum(console, summary, top)
+    _print_overdue(console, summary, top)
+    return _text_of(console)
+
+
+def _text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return "".join(line.rstrip() + "\n" for line in console.file.getvalue().splitlines())
+
+
+def _facts(summary: Summary, sources: Sequence[Source]) -> Text:
+    files = sources[0].name if len(sources) == 1 else count(len(sources), "file")
+    others = foreign(summary, sources)
+    text = Text.assemble((cleaned(files) or "", _HEADING), f": {count(summary.events, 'event')}")
+    if others:
+        text.append(f", {count(others, 'line')} of something else")
+    text.append("\n")
+    if summary.first_at is None:
+        text.append(
+            "No events of pidpool. They are read as JSON lines (structlog's JSONRenderer);\n"
+            "checkouts are told at level DEBUG, forks and connections at INFO.",
+            _WARN,
+        )
+        return text
+    first, last = summary.first_at, summary.last_at
+    text.append(
+        f"{day(first)} {clock(first)} to {clock(last, first)} UTC ({duration(last - first)})\n", _FAINT
+    )
+    sums = totals(summary)
+    processes = len(summary.processes.all) + summary.processes.left_out
+    text.append(
+        f"{count(processes, 'process', 'processes')}, {count(sums.get('opened', 0), 'connection')} opened, "
+        f"{count(sums.get('checkouts', 0), 'checkout')}"
+    )
+    return text
+
+
+def _heading(console: Console, title: str, style: str = _HEADING) -> None:
+    console.print()
+    console.print(Text(title, style))
+
+
+def _indented(console: Console, text: Text) -> None:
+    for line in text.split("\n"):
+        spaces = len(line.plain) - len(line.plain.lstrip())
+        # As padding, so that what has to be wrapped stays indented.
+        console.print(Padding(line[spaces:], (0, 0, 0, 2 + spaces)))
+
+
+# -- leaks
+
+
+def _print_leaks(console: Console, summary: Summary) -> None:
+    total, unsafe = summary.crossed, summary.open_leaks
+    if not total:
+        _heading(console, "No connection crossed a fork", "bold green")
+        return
+    title = f"{count(total, 'connection')} crossed a fork"
+    if unsafe:
+        _heading(console, f"{title}, {unsafe:,} with an open transaction", _BAD)
+    else:
+        _heading(console, f"{title}, none with an open transaction")
+    found: list[Leak | UnheardFork] = [*summary.leaks, *summary.unheard_forks()]
+    found.sort(key=lambda each: (not each.open, each.at))
+    for each in found[:MOST_LEAKS]:
+        _indented(console, _leak(each, summary) if isinstance(each, Leak) else _unheard(each, summary))
+    more = max(0, len(found) - MOST_LEAKS) + summary.leaks_left_out
+    if more:
+        states = ", ".join(f"{number:,} {state}" for state, number in sorted(summary.leaks_by_state.items()))
+        _indented(console, Text(f"and {more:,} more (see --json); by state: {states}", _FAINT))
+
+
+def _unheard(fork: UnheardFork, summary: Summary) -> Text:
+    text = Text.assemble(
+        (clock(fork.at, summary.first_at), _FAINT),
+        f"  pid {fork.owner.id} → a child that told nothing",
+        (f"  {fork.pool}" if fork.pool else "", _FAINT),
+        "\n  ",
+    )
+    others = [(fork.checked_out - fork.in_transaction, "no transaction"), (fork.idle, "idle")]
+    said = [(f"{fork.in_transaction:,} in transaction", _BAD)] if fork.in_transaction else []
+    said += [(f"{number:,} {state}", "") for number, state in others if number]
+    return text.append_text(Text("; ").join(Text(*each) for each in said))
+
+
+def _leak(leak: Leak, summary: Summary) -> Text:
+    connection = leak.connection
+    text = Text.assemble(
+        (clock(leak.at, summary.first_at), _FAINT),
+        f"  {connection.connection_id}  pid {leak.owner.id} → pid {leak.inheritor.id}",
+        (f"  fd {_or_unknown(connection.fd)}, server pid {_or_unknown(connection.server_pid)}", _FAINT),
+        "\n  ",
+        (leak.state, _BAD if leak.open else ""),
+        f"; {leak.outcome}",
+    )
+    if leak.where is not None:
+        text.append(f"\n  checked out at {leak.where}")
+    return _with_fields(text, leak.fields, "\n  ")
+
+
+# -- processes
+
+
+def _print_processes(console: Console, summary: Summary) -> None:
+    _heading(console, "Processes")
+    shown = 0
+    roots = [process for process in summary.processes.all if process.parent is None]
+    for root in sorted(roots, key=lambda process: process.first_at):
+        if shown >= MOST_PROCESSES:
+            break
+        tree = Tree(_process(root, summary), guide_style=_FAINT)
+        shown += 1
+        pending = [(root, tree)]
+        while pending:
+            process, branch = pending.pop(0)
+            _add_connections(branch, process, summary)
+            for child in sorted(process.children, key=lambda each: each.adopted_at or 0.0):
+                if shown < MOST_PROCESSES:
+                    shown += 1
+                    pending.append((child, branch.add(_process(child, summary))))
+        console.print(Padding(tree, (0, 0, 0, 2)))
+    left = len(summary.processes.all) - shown + summary.processes.left_out
+    if left > 0:
+        _indented(console, Text(f"and {count(left, 'process', 'processes')} more (see --json)", _FAINT))
+
+
+def _process(process: Process, summary: Summary) -> Text:
+    text = Text.assemble((f"pid {process.id}", _HEADING))
+    if process.adopted_at is not None:
+        noticed = f" (noticed by {process.trigger})" if process.trigger else ""
+        text.append(f"  forked {clock(process.adopted_at, summary.first_at)}{noticed}")
+    if not process.speaks:
+        text.append("  no events of its own", _FAINT)
+        return text
+    if process.pools:
+        text.append(f"  {', '.join(process.pools)}", _FAINT)
+    use = process.use()
+    did = [count(use.checkouts, "checkout")] if use.checkouts else []
+    if use.checkouts:
+        hold = f", hold {duration(use.use_max)}" if use.checkins else ""
+        did.append(f"longest wait {duration(use.wait_max)}{hold}")
+    if did:
+        text.append("\n" + "; ".join(did))
+    life = [f"opened {process.opened:,}"] if process.opened else []
+    if process.closed:
+        life.append(
+            "closed " + ", ".join(f"{number:,} {reason}" for reason, number in process.closed.items())
+        )
+    if life:
+        text.append("\n" + "; ".join(life))
+    harm = []
+    if process.inherited:
+        states = ", ".join(f"{number:,} {state}" for state, number in process.inherited.items())
+        harm.append(f"inherited {states}")
+    for number, what in (
+        (process.replaced, "replaced"),
+        (process.refused, "refused"),
+        (process.invalidations, "invalidated"),
+        (process.timeouts, "timed out"),
+        (process.overdue, "overdue"),
+        (process.connects_in_flight, "connects in flight at the fork"),
+    ):
+        if number:
+            harm.append(f"{number:,} {what}")
+    if harm:
+        text.append("\n" + "; ".join(harm), _WARN)
+    return text
+
+
+def _add_connections(branch: Tree, process: Process, summary: Summary) -> None:
+    connections = sorted(
+        process.connections.values(),
+        key=lambda each: (each.out_at is None, -each.checkouts, each.opened_at),
+    )
+    for connection in connections[:MOST_CONNECTIONS]:
+        branch.add(_connection(connection, summary))
+    left = len(connections) - MOST_CONNECTIONS + process.connections_left_out
+    if left > 0:
+        branch.add(Text(f"and {count(left, 'more connection')}", _FAINT))
+
+
+def _connection(connection: Connection, summary: Summary) -> Text:
+    text = Text(connection.connection_id)
+    if connection.checkouts:
+        held = f", held {duration(connection.use_sum)}" if connection.checkins else ""
+        text.append(f"  {count(connection.checkouts, 'checkout')}{held}")
+    text.append(f"  server pid {_or_unknown(connection.server_pid)}", _FAINT)
+    if connection.closed_reason is not None:
+        text.append(f"  {connection.closed_reason}", _FAINT)
+    elif connection.out_at is not None:
+        text.append(f"  out {clock(connection.out_at, summary.first_at)}", _WARN)
+    return text
+
+
+# -- what took long
+
+
+def _print_longest(console: Console, summary: Summary, title: str, longest: Longest, top: int) -> None:
+    if not len(longest):
+        return
+    _heading(console, title)
+    for each in longest.first(top):
+        text = Text.assemble(
+            f"{duration(each.seconds):>10}",
+            (f"  {clock(each.at - each.seconds, summary.first_at)}", _FAINT),
+            f"  {each.connection.connection_id}",
+        )
+        if each.connection.process.number > 1:
+            text.append(f" (pid {each.connection.process.id})")
+        if each.where is not None:
+            text.append(f"\n{'':12}{each.where}")
+        _indented(console, _with_fields(text, each.fields, "  "))
+
+
+def _print_not_returned(console: Console, summary: Summary, top: int) -> None:
+    out = summary.not_returned()
+    if not out:
+        return
+    _heading(console, f"{count(len(out), 'checkout')} not returned by the end of the log", _WARN)
+    for connection in out[:top]:
+        text = Text.assemble(
+            f"{duration(summary.held(connection)):>10}",
+            (f"  since {clock(connection.out_at or 0.0, summary.first_at)}", _FAINT),
+            f"  {connection.connection_id}",
+            (f"  server pid {_or_unknown(connection.server_pid)}", _FAINT),
+        )
+        if connection.where is not None:
+            text.append(f"\n{'':12}{connection.where}")
+        _indented(console, text)
+    _print_rest(console, len(out) - top)
+
+
+def _print_timeouts(console: Console, summary: Summary, top: int) -> None:
+    if not summary.timed_out:
+        return
+    _heading(console, f"{count(summary.timed_out, 'checkout')} timed out", _WARN)
+    for timeout in list(summary.timeouts)[-top:]:
+        text = Text.assemble(
+            f"{duration(timeout.wait):>10}",
+            (f"  {clock(timeout.at - timeout.wait, summary.first_at)}", _FAINT),
+            f"  pid {timeout.process.id}: size {_or_unknown(timeout.size)}, overflow "
+            f"{_or_unknown(timeout.overflow)}, checked out {_or_unknown(timeout.checked_out)}",
+        )
+        _indented(console, _with_fields(text, timeout.fields, "  "))
+    _print_rest(console, summary.timed_out - min(top, len(summary.timeouts)))
+
+
+def _print_over_maximum(console: Console, summary: Summary, top: int) -> None:
+    if not summary.over_maximum:
+        return
+    _heading(console, "Processes that may have more connections than their server takes", _WARN)
+    for each in list(summary.over_maximum)[-top:]:
+        text = Text.assemble(
+            (clock(each.at, summary.first_at), _FAINT),
+            f"  {each.pool}: {_or_unknown(each.processes)} processes, {_or_unknown(each.maximum)} "
+            f"connections at most; the server takes {_or_unknown(each.server_max_connections)}",
+        )
+        _indented(console, text)
+    _print_rest(console, len(summary.over_maximum) - top)
+
+
+def _print_overdue(console: Console, summary: Summary, top: int) -> None:
+    found = places(summary)
+    total = sum(place.count for place in found) + summary.elsewhere.count
+    if not found:
+        return
+    _heading(console, f"{count(total, 'checkout')} overdue, by where they were made", _WARN)
+    for place in found[:top]:
+        _indented(
+            console,
+            Text(
+                f"{place.count:>9,}×  longest {duration(place.longest)}, limit {duration(place.hold_warning)}"
+                f"\n{'':12}{place.where or 'an unknown place'}"
+            ),
+        )
+    _print_rest(console, len(found) - top)
+
+
+def _print_rest(console: Console, rest: int) -> None:
+    if rest > 0:
+        _indented(console, Text(f"and {rest:,} more (see --json)", _FAINT))
+
+
+def _with_fields(text: Text, fields: Mapping[str, str], before: str) -> Text:
+    if fields:
+        text.append(before + " ".join(f"{name}={value}" for name, value in fields.items()), _FAINT)
+    return text
+
+
+def _or_unknown(value: object) -> str:
+    return "?" if value is None else str(value)
+
+
+# -- while it is followed
+
+_SHOWN: Mapping[str, Iterable[str]] = {
+    "connection.inherited": ("owner_pid", "state", "action", "where"),
+    "connection.replaced": ("owner_pid", "by"),
+    "connection.refused": ("owner_pid", "state"),
+    "connection.invalidated": ("soft", "error"),
+    "checkout.timed_out": ("wait_time", "size", "overflow", "checked_out"),
+    "checkout.overdue": ("held", "where"),
+    "checkout.returned_late": ("use_time", "where"),
+    "pool.forked": ("idle", "checked_out", "in_transaction"),
+    "pool.adopted": ("parent_pid", "trigger", "idle", "checked_out", "in_transaction"),
+    "pool.over_maximum": ("processes", "maximum", "server_max_connections"),
+}
+
+
+def line_of(event: Mapping[str, Any]) -> str:
+    """Return one line for an event, for following a log."""
+    name = event["event"]
+    fields = [f"pid {event['pid']}", name]
+    connection_id = cleaned(event.get("connection_id"))
+    if connection_id is not None:
+        fields.append(connection_id)
+    shown = {key: cleaned(event.get(key)) for key in _SHOWN[name]}
+    fields += [f"{key}={value}" for key, value in shown.items() if value is not None]
+    return f"{clock(event['at'])}  {'  '.join(fields)}"

@@ -1,0 +1,102 @@
+"""The three configurations that README.md shows: the same events, wherever the application logs, and
+nothing on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pidpool.tools.demo.postgres import EmbeddedPostgres
+
+PROGRAMS = Path(__file__).parent.parent / "programs"
+
+IN_PARENT = [
+    ("info", "connection.opened"),
+    ("debug", "connection.checked_out"),
+    ("debug", "connection.checked_in"),
+    ("info", "pool.forked"),
+    ("info", "connection.closed"),
+    ("info", "pool.disposed"),
+]
+IN_CHILD = [
+    ("info", "pool.adopted"),
+    ("warning", "connection.inherited"),
+    ("info", "connection.opened"),
+    ("debug", "connection.checked_out"),
+    ("debug", "connection.checked_in"),
+    ("info", "connection.closed"),
+    ("info", "pool.disposed"),
+]
+
+
+def _json(line: str) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads(line)
+    return event
+
+
+def _text(line: str) -> dict[str, Any]:
+    level, name, message = line.split(" ", 2)
+    assert name == "pidpool"
+    event = {key: value.strip("'") for key, value in re.findall(r"(\w+)=('[^']*'|\S+)", message)}
+    return {"level": level.lower(), **event, "pid": int(event["pid"])}
+
+
+@pytest.mark.usefixtures("clean_log")
+@pytest.mark.parametrize(
+    ("program", "read"),
+    [
+        ("events_as_json", _json),
+        ("events_through_logging", _json),
+        ("events_with_basic_config", _text),
+    ],
+)
+def test_the_events_are_in_the_applications_own_log(
+    postgres: EmbeddedPostgres, tmp_path: Path, program: str, read: Any
+) -> None:
+    log = tmp_path / "application.log"
+    ran = _run("use_and_fork.py", postgres.url(tls=True), str(log), program)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    events = [read(line) for line in log.read_text().splitlines()]
+    pids = list(dict.fromkeys(event["pid"] for event in events))
+    for pid, told, request_id in zip(pids, (IN_PARENT, IN_CHILD), ("r-1", "r-2"), strict=True):
+        own = [event for event in events if event["pid"] == pid]
+        assert [(event["level"], event["event"]) for event in own] == told
+        assert {event["request_id"] for event in own} == {request_id}
+        assert {event["pool"] for event in own} == {"main"}
+    (leak,) = [event for event in events if event["event"] == "connection.inherited"]
+    assert int(leak["owner_pid"]) == pids[0]
+    assert leak["state"] == "in transaction" and leak["action"] == "severed"
+    assert "use_and_fork.py:" in leak["where"]
+
+
+def test_with_no_configuration_at_all_warnings_are_on_stderr(
+    postgres: EmbeddedPostgres, tmp_path: Path
+) -> None:
+    (tmp_path / "plain.py").write_text(
+        "import sys\n"
+        "from sqlalchemy import create_engine\n"
+        "from pidpool import PidPool\n"
+        "engine = create_engine(sys.argv[1], poolclass=PidPool, hold_warning=30)\n"
+    )
+    ran = _run("use_and_fork.py", postgres.url(tls=True), "-", "plain", path=tmp_path)
+    assert (ran.returncode, ran.stdout) == (0, "")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("event='connection.inherited' pool='pool-1' pid=")
+
+
+def _run(program: str, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(PROGRAMS / program), *arguments],
+        env={**os.environ, "PYTHONPATH": str(path or PROGRAMS)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )

@@ -1,0 +1,718 @@
+"""Every event, with all its fields and at its level: told once, in the user's own structlog
+configuration and context, and never with a secret in it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from engines import MakeEngine
+from events import LEVELS_AND_FIELDS, Events
+from forking import How, run_in_child
+from parent import Parent
+from sqlalchemy import Connection, Engine, create_engine, exc, text
+
+from pidpool import ForeignConnectionError, PidPool, tag_of
+from pidpool.events import emitter as telemetry
+from pidpool.events.emitter import Telemetry
+from pidpool.forks import detection as fork
+from pidpool.stats.family import Family
+from pidpool.tools.demo.postgres import EmbeddedPostgres
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture(autouse=True)
+def structlog_as_it_was() -> Iterator[None]:
+    assert not structlog.is_configured()
+    yield
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+# -- the events
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+def test_every_event_is_complete(tls_url: str, make_engine: MakeEngine, events: Events) -> None:
+    engine = make_engine(
+        tls_url, logger=events.logger, pool_logging_name="main", pool_size=3, max_overflow=0, hold_warning=60
+    )
+    began = time.time()
+    with engine.connect() as one, engine.connect() as other, engine.connect() as third:
+        engine.pool._timeout = 0.01  # type: ignore[attr-defined]
+        with pytest.raises(exc.TimeoutError):
+            engine.connect()
+        third.invalidate()
+        third.close()
+        checkout = other.connection._connection_record.checkout_told  # type: ignore[attr-defined]
+        checkout.since -= 61
+        one.execute(text("insert into kept values ('parent')"))
+
+        def child() -> list[dict[str, Any]]:
+            events.clear()
+            other.execute(text("select 1"))
+            with pytest.raises(exc.OperationalError):
+                one.execute(text("select 1"))
+            one.close()
+            other.close()
+            engine.dispose()
+            return events.all
+
+        told_by_child = run_in_child(child)
+        one.commit()
+    engine.dispose()
+
+    told = events.all + told_by_child
+    # The last one takes many processes: tests/stats/test_family.py.
+    assert {event["event"] for event in told} == LEVELS_AND_FIELDS.keys() - {"pool.over_maximum"}
+    for event in told:
+        level, fields = LEVELS_AND_FIELDS[event["event"]]
+        if event.get("state") == "no transaction":
+            level = "info"  # nobody can be hurt by that one
+        assert event.keys() == fields | {"event", "level", "pool", "pid", "at"}
+        assert event["level"] == level, event
+        assert event["pool"] == "main"
+        assert began <= event["at"] <= time.time()
+        assert event["pid"] == (event["pid"] if event in told_by_child else os.getpid())
+        assert all(type(value) in (str, int, float, bool, type(None)) for value in event.values()), event
+    assert {event["pid"] for event in told_by_child} == {event["pid"] for event in told} - {os.getpid()}
+
+
+def test_each_method_of_telemetry_is_an_event_of_the_table() -> None:
+    events = Events()
+    tell = Telemetry("a pool", events.logger, Family(5, 10))
+    tag = _tag()
+    for name, method in inspect.getmembers(tell, inspect.ismethod):
+        parameters = inspect.signature(method).parameters.values()
+        if name.partition("_")[0] in ("connection", "checkout", "pool"):
+            given = {"reason": "recycled"}
+            method(
+                *[
+                    tag if "ConnectionTag" in str(each.annotation) else given.get(each.name, 0)
+                    for each in parameters
+                ]
+            )
+            assert events.names[-1].replace(".", "_") == name
+    assert sorted(events.names) == sorted(LEVELS_AND_FIELDS)
+
+
+def test_a_fork_with_connects_in_flight_is_a_warning() -> None:
+    events = Events()
+    Telemetry("a pool", events.logger, Family(5, 10)).pool_adopted(0.0, 1, "hook", 0, 0, 0, 1)
+    assert events.the("pool.adopted")["level"] == "warning"
+
+
+def _tag() -> Any:
+    from pidpool import ConnectionTag
+
+    return ConnectionTag("1-1", 1, 2, 3, 4, 5.0)
+
+
+def _recycle(engine: Engine, connection: Connection) -> None:
+    connection.close()
+    engine.pool._recycle = 0
+    time.sleep(0.01)
+    engine.connect().close()
+
+
+def _overflow(engine: Engine, connection: Connection) -> None:
+    with engine.connect() as first:
+        first.commit()
+    connection.close()  # the pool's only slot is taken by the other one
+
+
+def _dispose(engine: Engine, connection: Connection) -> None:
+    connection.close()
+    engine.dispose()
+
+
+def _detach(engine: Engine, connection: Connection) -> None:
+    connection.detach()
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "end"),
+    [
+        ("recycled", _recycle),
+        ("invalidated", lambda engine, connection: connection.invalidate()),
+        ("overflow", _overflow),
+        ("disposed", _dispose),
+        ("detached", _detach),
+    ],
+)
+def test_the_end_of_a_connection_has_its_reason(
+    tls_url: str,
+    make_engine: MakeEngine,
+    events: Events,
+    reason: str,
+    end: Callable[[Engine, Connection], None],
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger, pool_size=1)
+    connection = engine.connect()
+    tag = tag_of(connection)
+    assert tag is not None
+    end(engine, connection)
+    closed = events.the("connection.closed")
+    assert (closed["reason"], closed["connection_id"]) == (reason, tag.connection_id)
+
+
+def test_a_checkout_tells_how_long_it_waited_and_a_checkin_how_long_it_was_held(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger, pool_size=1, max_overflow=0)
+    held = engine.connect()
+    waiting = threading.Thread(target=lambda: engine.connect().close())
+    started = time.perf_counter()
+    waiting.start()
+    time.sleep(0.2)
+    held.close()
+    waiting.join(10)
+    took = time.perf_counter() - started
+    (first_out, second_out) = events.of("connection.checked_out")
+    (first_in, second_in) = events.of("connection.checked_in")
+    assert first_out["wait_time"] < took
+    assert 0.1 < second_out["wait_time"] < took
+    assert 0.2 <= first_in["use_time"] < took + 1
+    assert second_in["use_time"] < took
+    assert events.the("connection.opened")["create_time"] <= first_out["wait_time"]
+
+
+def test_every_pool_has_a_name_and_keeps_it(tls_url: str, make_engine: MakeEngine) -> None:
+    names = []
+    for name in ("main", None, None):
+        events = Events()
+        engine = make_engine(tls_url, logger=events.logger, **({"pool_logging_name": name} if name else {}))
+        engine.connect().close()
+        engine.dispose()
+        engine.connect().close()
+        (told,) = {event["pool"] for event in events.all}
+        names.append(told)
+    assert names[0] == "main"
+    numbers = [int(name.removeprefix("pool-")) for name in names[1:]]
+    assert numbers[0] < numbers[1]
+
+
+# -- forks
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+@pytest.mark.parametrize("how", ["python", "c"])
+def test_a_leak_is_told_with_both_pids(
+    tls_url: str, make_engine: MakeEngine, events: Events, how: How
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
+    idle = engine.connect()
+    parent = Parent(engine, "in transaction")
+    idle_tag = tag_of(idle)
+    idle.close()
+    assert idle_tag is not None
+    events.clear()
+
+    def child() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        untold = list(events.all)  # recorded in the hook, if there is one, and no more
+        parent.connection = None
+        with engine.connect():
+            pass
+        told = list(events.all)
+        engine.dispose()
+        return untold, told
+
+    untold, told = run_in_child(child, how=how)
+    noticed_by = time.time()
+    assert untold == []
+    adopted, *inherited = told[:3]
+    assert adopted["event"] == "pool.adopted"
+    assert adopted["trigger"] == ("hook" if how == "python" else "lazy")
+    assert adopted["parent_pid"] == os.getpid() != adopted["pid"]
+    assert (adopted["idle"], adopted["checked_out"], adopted["in_transaction"]) == (1, 1, 1)
+    by_state = {event["state"]: event for event in inherited}
+    for state, tag, level in [("idle", idle_tag, "info"), ("in transaction", parent.tag, "warning")]:
+        event = by_state[state]
+        assert event["event"] == "connection.inherited" and event["level"] == level
+        assert event["owner_pid"] == os.getpid() and event["pid"] == adopted["pid"]
+        assert (event["fd"], event["server_pid"]) == (tag.fd, tag.server_pid)
+        assert event["connection_id"] == tag.connection_id and event["socket_inode"] == tag.socket_inode
+        assert event["action"] == "severed"
+    assert by_state["idle"]["where"] is None
+    assert by_state["in transaction"]["where"].partition(":")[0] == inspect.getfile(Parent)
+    assert [event["event"] for event in told[3:]] == [
+        "connection.opened",
+        "connection.checked_out",
+        "connection.checked_in",
+    ]
+
+    # The parent tells at its own next use; of a fork in C it can't know.
+    assert events.all == []
+    parent.notices_nothing()
+    engine.connect().close()
+    forked = events.of("pool.forked")
+    assert len(forked) == (how == "python")
+    for event in forked:
+        assert (event["idle"], event["checked_out"], event["in_transaction"]) == (1, 1, 1)
+        # Each by the hook in its own process, of which either may be first; and not when they were told of.
+        assert max(event["at"], adopted["at"]) <= noticed_by
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+def test_a_fork_is_before_all_that_the_child_does_also_if_the_child_is_ahead(
+    tls_url: str, make_engine: MakeEngine, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger)
+    parent = Parent(engine, "in transaction")
+    reader, writer = os.pipe()
+
+    def child() -> list[dict[str, Any]]:
+        engine.connect().close()
+        engine.dispose()
+        os.write(writer, b"told")
+        return events.all
+
+    after_fork = fork.gate.after_fork_in_parent  # runs in the parent's hook, before it notes anything
+
+    def wait_for_the_child() -> None:
+        assert os.read(reader, 4) == b"told"
+        after_fork()
+
+    monkeypatch.setattr(fork.gate, "after_fork_in_parent", wait_for_the_child)
+    told = run_in_child(child)
+    parent.notices_nothing()
+    engine.connect().close()
+    (adopted,) = [event for event in told if event["event"] == "pool.adopted"]
+    assert events.the("pool.forked")["at"] <= adopted["at"]
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+@pytest.mark.parametrize("how", ["python", "c"])
+def test_what_a_child_inherited_is_told_before_it_is_refused(
+    tls_url: str, make_engine: MakeEngine, events: Events, how: How
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger)
+    parent = Parent(engine, "in transaction")
+    events.clear()
+
+    def child() -> list[str]:
+        assert parent.connection is not None
+        with pytest.raises(exc.OperationalError):
+            parent.connection.execute(text("select 1"))
+        return events.names
+
+    told = run_in_child(child, how=how)
+    assert told[:3] == ["pool.adopted", "connection.inherited", "connection.refused"]
+    assert told.count("connection.refused") == 1
+    parent.notices_nothing()
+
+
+# -- secrets
+
+SECRET = "hunter2secret"
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+def test_no_event_and_no_error_has_a_secret(
+    postgres: EmbeddedPostgres, events: Events, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = postgres.url(tls=True).replace("//pidpool@", f"//pidpool:{SECRET}@")
+    assert SECRET in url
+    engine = create_engine(
+        url,
+        poolclass=PidPool,
+        logger=events.logger,
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=0.01,
+        hold_warning=0,
+    )
+    told: list[str] = []
+
+    def failed(error: BaseException) -> None:
+        told.extend([str(error), repr(error), repr(error.__cause__), repr(getattr(error, "orig", None))])
+
+    with engine.connect() as connection:
+        with pytest.raises(exc.TimeoutError) as timeout:
+            engine.connect()
+        failed(timeout.value)
+        for x in (connection.connection.dbapi_connection, url):
+            with pytest.raises(TypeError) as no_tag:
+                tag_of(x)  # type: ignore[arg-type]
+            failed(no_tag.value)
+        connection.execute(text("insert into kept values (:v)"), {"v": SECRET})
+        told += run_in_child(_uses_of_what_is_not_its_own, engine, connection, events)
+        # A driver's error quotes the statement.
+        error = exc.DBAPIError(f"insert into kept values ('{SECRET}')", {"v": SECRET}, Exception(SECRET))
+        connection.invalidate(error)
+    told += [repr(engine.pool), engine.pool.status()]
+    engine.dispose()
+
+    for wrong in (url.replace("//pidpool:", "//nobody:"), url.replace("/postgres", "/nowhere")):
+        unable = create_engine(wrong, poolclass=PidPool, logger=events.logger)
+        with pytest.raises(exc.OperationalError) as refused:
+            unable.connect()
+        failed(refused.value)
+    for event in events.all:
+        told += [repr(event)]
+    told += capfd.readouterr()
+    assert {"connection.opened", "connection.invalidated", "checkout.timed_out"} <= set(events.names)
+    for each in told:
+        assert SECRET not in each
+    assert not [each for each in told if "postgresql" in each]
+
+
+def _uses_of_what_is_not_its_own(engine: Engine, connection: Connection, events: Events) -> list[str]:
+    told = [repr(connection.connection.dbapi_connection), repr(tag_of(connection))]
+    with pytest.raises(exc.OperationalError) as caught:
+        connection.execute(text("select 1"))
+    error = caught.value.orig
+    assert isinstance(error, ForeignConnectionError)
+    told += [str(error), repr(error), repr(error.args)]
+    connection.close()
+    engine.dispose()
+    return told + [repr(event) for event in events.all]
+
+
+# -- the context
+
+
+def test_events_have_what_the_application_bound(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger.bind(service="shop"))
+    with structlog.contextvars.bound_contextvars(request_id="r-1"):
+        connection = engine.raw_connection()
+    assert {event["request_id"] for event in events.all} == {"r-1"}
+    assert {event["service"] for event in events.all} == {"shop"}
+    events.clear()
+
+    def child() -> list[dict[str, Any]]:
+        with structlog.contextvars.bound_contextvars(task_id="t-1"):
+            engine.connect().close()
+        return events.all
+
+    told = run_in_child(child)
+    assert told[0]["event"] == "pool.adopted"
+    assert {event["task_id"] for event in told} == {"t-1"}
+    connection.close()
+
+
+def test_what_a_finalizer_tells_is_told_at_the_next_use_in_its_own_context(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger)
+    raw = engine.raw_connection()
+    events.clear()
+    with structlog.contextvars.bound_contextvars(request_id="dropped in"):
+        del raw
+        gc.collect()
+    assert events.all == []
+    with structlog.contextvars.bound_contextvars(request_id="used in"):
+        engine.connect().close()
+    assert [(event["event"], event["request_id"]) for event in events.all] == [
+        ("connection.checked_in", "dropped in"),
+        ("connection.checked_out", "used in"),
+        ("connection.checked_in", "used in"),
+    ]
+
+
+def test_a_child_does_not_tell_what_the_parent_had_still_to_tell(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger)
+    raw = engine.raw_connection()
+    del raw
+    gc.collect()
+    events.clear()
+
+    def child() -> list[str]:
+        engine.pool.status()
+        return events.names
+
+    assert run_in_child(child) == ["pool.adopted", "connection.inherited"]
+    engine.pool.status()
+    assert events.names == ["connection.checked_in", "pool.forked"]
+
+
+# -- the user's logger
+
+
+def test_the_configuration_may_come_after_the_pool(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    engine = make_engine(tls_url)
+    for cache in (True, False):
+        events.clear()
+        engine.connect().close()
+        assert events.all == []
+        structlog.configure(
+            processors=[structlog.processors.add_log_level, events._keep],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
+            cache_logger_on_first_use=cache,
+        )
+        engine.connect().close()
+        assert events.names == ["connection.checked_out", "connection.checked_in"]
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+        engine.connect().close()
+        assert len(events.all) == 2
+        structlog.reset_defaults()
+
+
+def test_a_logger_of_the_stdlib_will_do(
+    tls_url: str, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(tls_url, logger=logging.getLogger("shop.database"), pool_logging_name="main")
+    with caplog.at_level(logging.DEBUG, "shop.database"):
+        engine.connect().close()
+    assert [record.name for record in caplog.records] == ["shop.database"] * 3
+    assert caplog.messages[0].startswith("event='connection.opened' pool='main' pid=")
+
+
+@pytest.mark.filterwarnings("ignore:.*AsyncBoundLogger.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        structlog.BoundLogger,
+        structlog.stdlib.BoundLogger,
+        structlog.stdlib.AsyncBoundLogger,
+        structlog.make_filtering_bound_logger(logging.DEBUG),
+    ],
+)
+def test_every_wrapper_of_structlog_will_do(
+    tls_url: str, make_engine: MakeEngine, events: Events, wrapper: Any
+) -> None:
+    structlog.configure(
+        processors=[structlog.processors.add_log_level, events._keep],
+        wrapper_class=wrapper,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )
+    pidpool_logger = logging.getLogger("pidpool")
+    engine = make_engine(tls_url)
+    pidpool_logger.setLevel(logging.DEBUG)
+    try:
+        engine.connect().close()
+    finally:
+        pidpool_logger.setLevel(logging.NOTSET)
+    assert events.names == ["connection.opened", "connection.checked_out", "connection.checked_in"]
+
+
+def test_a_checkout_knows_at_once_whether_debug_events_are_heard() -> None:
+    pidpool_logger = logging.getLogger("pidpool")
+    stdlib = {
+        "logger_factory": structlog.stdlib.LoggerFactory(),
+        "wrapper_class": structlog.stdlib.BoundLogger,
+    }
+    of_structlog = Telemetry(None, None, Family(5, 10))
+    given = Telemetry(None, structlog.get_logger("given"), Family(5, 10))
+
+    def heard() -> tuple[bool, bool]:
+        return of_structlog.hears(), given.hears()
+
+    try:
+        assert heard() == (False, True)  # who hands in structlog's own unconfigured logger gets its defaults
+        pidpool_logger.setLevel(logging.DEBUG)
+        assert heard() == (True, True)
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+        assert heard() == (False, False)
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG))
+        assert heard() == (True, True)
+        structlog.configure(**stdlib)
+        assert heard() == (True, False)
+        pidpool_logger.setLevel(logging.INFO)
+        assert heard() == (False, False)
+        logging.getLogger("given").setLevel(logging.DEBUG)
+        assert heard() == (False, True)
+        # Both of structlog's levels and the stdlib's have to let it pass.
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+        assert heard() == (False, False)
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG))
+        assert heard() == (False, True)
+        logging.disable(logging.DEBUG)
+        assert heard() == (False, False)
+        logging.disable(logging.NOTSET)
+        structlog.configure(
+            wrapper_class=structlog.BoundLogger, logger_factory=structlog.PrintLoggerFactory()
+        )
+        assert heard() == (True, True)  # it has no level
+        structlog.reset_defaults()
+        assert heard() == (False, True)
+    finally:
+        logging.disable(logging.NOTSET)
+        for name in ("pidpool", "given"):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+def test_structlog_may_keep_its_configuration_elsewhere_one_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "_configuration", telemetry._AskedConfiguration())
+    test_a_checkout_knows_at_once_whether_debug_events_are_heard()
+
+
+class UsesThePool(logging.Handler):
+    """A handler that keeps its records in the database, by the pool that they are of."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+        self.kept: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(text("insert into kept values (:line)"), {"line": record.getMessage()})
+        self.kept.append(record.getMessage().split("'")[1])
+
+
+@pytest.mark.usefixtures("clean_log")
+def test_a_log_handler_may_use_the_pool(tls_url: str, make_engine: MakeEngine, table: str) -> None:
+    logger = logging.getLogger("shop.audit")
+    engine = make_engine(tls_url, logger=logger)
+    handler = UsesThePool(engine)
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        engine.connect().close()
+        assert handler.kept == ["connection.opened", "connection.checked_out", "connection.checked_in"]
+
+        def child() -> list[str]:
+            handler.kept.clear()
+            with engine.connect() as connection:
+                connection.scalar(text("select 1"))
+            pool = engine.pool
+            engine.dispose()
+            logger.removeHandler(handler)
+            pool.dispose()  # of what the handler has opened to keep the end of its own pool
+            return handler.kept
+
+        told = run_in_child(child)
+        assert told[0] == "pool.adopted"
+        assert told.count("connection.inherited") == 2
+        closed = told.count("connection.closed")
+        assert told[-closed - 1 :] == ["connection.closed"] * closed + ["pool.disposed"]
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    with engine.connect() as connection:
+        kept = connection.scalar(text("select count(*) from kept"))
+    assert kept == len(handler.kept) + len(told)
+
+
+class Broken:
+    """A logger whose disk is full."""
+
+    def _fail(self, event: str, **fields: object) -> None:
+        raise OSError("no space left on device")
+
+    debug = info = warning = _fail
+
+
+class BrokenInside(structlog.BoundLogger):  # type: ignore[misc]
+    """Fails before it is asked to log anything."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("wrongly configured")
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+@pytest.mark.parametrize("broken", ["a full disk", "a wrong configuration"])
+def test_a_logger_that_fails_costs_an_event_and_no_connection(
+    tls_url: str, make_engine: MakeEngine, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    logger = Broken() if broken == "a full disk" else None
+    if logger is None:
+        structlog.configure(wrapper_class=BrokenInside)
+    engine = make_engine(tls_url, logger=logger, pool_size=1, max_overflow=0)
+    parent = Parent(engine, "in transaction")
+
+    def child() -> int:
+        parent.connection = None
+        with engine.connect() as connection:
+            one: int = connection.scalar(text("select 1"))
+        engine.dispose()
+        return one
+
+    assert run_in_child(child) == 1
+    parent.notices_nothing()
+    engine.connect().close()
+    told = capsys.readouterr()
+    assert "pidpool: the event connection.opened could not be logged:" in told.err
+    assert "no space left" in told.err or "wrongly configured" in told.err
+    assert told.out == ""
+
+
+def test_nobody_hears_of_a_failing_logger_where_logging_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    Telemetry("a pool", Broken(), Family(5, 10)).pool_disposed(0, 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_printed_to_stdout_while_structlog_is_not_configured(
+    tls_url: str, make_engine: MakeEngine, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(tls_url, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    with (
+        structlog.contextvars.bound_contextvars(request_id="r-1"),
+        engine.connect(),
+        pytest.raises(exc.TimeoutError),
+    ):
+        engine.connect()
+    assert capfd.readouterr().out == ""
+    (record,) = [record for record in caplog.records if record.name == "pidpool"]
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("event='checkout.timed_out' pool=")
+    assert "request_id='r-1'" in record.getMessage()
+
+
+# -- under pytest's own capture
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+def test_children_of_a_parent_whose_threads_log_under_pytest_log_too(
+    tls_url: str, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    structlog.configure(
+        processors=[structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )
+    parent = Parent(make_engine(tls_url), "in transaction")
+    log = structlog.get_logger("shop")
+    ended = threading.Event()
+
+    def keep_logging() -> None:
+        while not ended.is_set():
+            log.warning("a line")
+            ended.wait(0.0005)
+
+    threads = [threading.Thread(target=keep_logging) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            run_in_child(_log_and_use, log, parent)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(10)
+    parent.notices_nothing()
+
+
+def _log_and_use(log: Any, parent: Parent) -> None:
+    log.warning("at once")
+    parent.connection = None
+    with contextlib.closing(parent.engine.raw_connection()):
+        log.warning("later")
+    parent.engine.dispose()

@@ -1,0 +1,138 @@
+"""Where a connection was checked out: the line of the user's code, however deep in SQLAlchemy, and
+nothing of it is looked up without `hold_warning`."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engines import MakeEngine
+from sqlalchemy import Engine, event, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from pidpool import AsyncPidPool
+from pidpool.events import user_code as places
+from pidpool.tools.demo.postgres import EmbeddedPostgres
+
+
+def here(back: int = 0) -> str:
+    """Describe the line of the caller, as an event's `where`."""
+    frame = sys._getframe(1)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno + back} in {frame.f_code.co_name}"
+
+
+def place_of(fairy: Any) -> str:
+    return str(fairy._connection_record.checkout_told.place)
+
+
+def _connect(engine: Engine) -> tuple[str, str]:
+    with engine.connect() as connection:
+        return here(-1), place_of(connection.connection)
+
+
+def _begin(engine: Engine) -> tuple[str, str]:
+    with engine.begin() as connection:
+        return here(-1), place_of(connection.connection)
+
+
+def _raw_connection(engine: Engine) -> tuple[str, str]:
+    fairy = engine.raw_connection()
+    try:
+        return here(-2), place_of(fairy)
+    finally:
+        fairy.close()
+
+
+def _session(engine: Engine) -> tuple[str, str]:
+    with Session(engine) as session:
+        session.execute(text("select 1"))
+        return here(-1), place_of(session.connection().connection)
+
+
+def _sessionmaker(engine: Engine) -> tuple[str, str]:
+    with sessionmaker(engine).begin() as session:
+        session.scalar(text("select 1"))
+        return here(-1), place_of(session.connection().connection)
+
+
+@pytest.mark.parametrize("check_out", [_connect, _begin, _raw_connection, _session, _sessionmaker])
+def test_it_is_the_users_line(
+    tls_url: str, make_engine: MakeEngine, check_out: Callable[[Engine], tuple[str, str]]
+) -> None:
+    line, place = check_out(make_engine(tls_url, hold_warning=60))
+    assert place == line
+
+
+def test_it_is_the_users_line_when_an_event_listener_checks_out(
+    tls_url: str, make_engine: MakeEngine
+) -> None:
+    engine, other = make_engine(tls_url, hold_warning=60), make_engine(tls_url, hold_warning=60)
+    found = []
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        with other.connect() as nested:
+            found.append((here(-1), place_of(nested.connection)))
+
+    with engine.begin():
+        pass
+    ((line, place),) = found
+    assert place == line
+
+
+def test_it_is_the_coroutines_line(postgres: EmbeddedPostgres) -> None:
+    url = postgres.url(tls=False).replace("+psycopg2", "+psycopg")
+
+    async def check_out() -> tuple[str, str]:
+        engine = create_async_engine(url, poolclass=AsyncPidPool, hold_warning=60)
+        try:
+            async with engine.connect() as connection:
+                return here(-1), place_of(await connection.get_raw_connection())
+        finally:
+            await engine.dispose()
+
+    line, place = asyncio.run(check_out())
+    assert place == line
+
+
+def test_nothing_is_looked_up_without_hold_warning(
+    tls_url: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def caller() -> None:
+        raise AssertionError("looked up")
+
+    monkeypatch.setattr(places, "caller", caller)
+    fairy = make_engine(tls_url).raw_connection()
+    assert fairy._connection_record.checkout_told is None  # type: ignore[attr-defined]
+    fairy.close()
+
+
+def test_a_place_keeps_no_variable_alive(tls_url: str, make_engine: MakeEngine) -> None:
+    class Variable:
+        pass
+
+    def check_out() -> tuple[Any, weakref.ref[Variable]]:
+        variable = Variable()
+        return make_engine(tls_url, hold_warning=60).raw_connection(), weakref.ref(variable)
+
+    fairy, variable = check_out()
+    gc.collect()
+    assert variable() is None
+    assert place_of(fairy).endswith("in check_out")
+    fairy.close()
+
+
+def test_there_may_be_no_place() -> None:
+    """As in a thread that C code or SQLAlchemy itself has started."""
+    found: list[object] = []
+    exec(
+        compile("found.append(caller())", "<in sqlalchemy>", "exec"),
+        {"__name__": "sqlalchemy.somewhere", "found": found, "caller": lambda: places._outside(None)},
+    )
+    assert found == [None]

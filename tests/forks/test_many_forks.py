@@ -1,0 +1,92 @@
+"""Many forks in a row: nothing of them stays in the parent. PIDPOOL_FORKS sets how many; 1000 by default."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import MakeEngine
+from forking import How, fork
+from parent import Parent
+from sqlalchemy import text
+
+from pidpool import PidPool
+from pidpool.forks import ownership
+
+FORKS = int(os.environ.get("PIDPOOL_FORKS", "1000"))
+A_CHILD_USES = 50  # one child in so many opens a connection of its own
+GROWTH = 64 * 1024  # bytes in all, for what Python's own caches take; one object a fork would be more
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def descriptors() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+def fork_and_wait(how: How, child: Any) -> None:
+    pid = fork(how)
+    if pid == 0:
+        code = 1
+        try:
+            child()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+@pytest.mark.parametrize("how", ["python", "c"])
+def test_nothing_of_many_forks_stays_in_the_parent(tls_url: str, make_engine: MakeEngine, how: How) -> None:
+    engine = make_engine(tls_url)
+    parent = Parent(engine, "in transaction")
+    others = [engine.connect() for _ in range(2)]
+    engine.connect().close()
+    pool = engine.pool
+    assert isinstance(pool, PidPool)
+
+    def use() -> None:
+        for connection in others:
+            connection.rollback()
+        with engine.connect() as own:
+            assert own.scalar(text("select 1")) == 1
+        for connection in others:
+            connection.close()
+        engine.dispose()
+
+    def settle() -> None:
+        # The parent's own next use, which tells of the forks.
+        pool.status()
+        gc.collect()
+
+    for _ in range(20):  # caches fill
+        fork_and_wait(how, use if how == "python" else lambda: None)
+    settle()
+    before = (descriptors(), len(ownership.register), len(pool.records()))
+    rss = resident()
+    tracemalloc.start()
+    try:
+        settle()
+        traced = tracemalloc.get_traced_memory()[0]
+        for number in range(FORKS):
+            fork_and_wait(how, use if number % A_CHILD_USES == 0 else pool.status)
+            if number % 100 == 99:
+                settle()
+        settle()
+        grown = tracemalloc.get_traced_memory()[0] - traced
+    finally:
+        tracemalloc.stop()
+    assert (descriptors(), len(ownership.register), len(pool.records())) == before
+    assert grown < GROWTH
+    # 2 MB for what the allocator rounds up, whatever the number of forks.
+    assert resident() - rss < 2 * 1024 * 1024
+    for connection in others:
+        connection.close()
+    parent.notices_nothing()

@@ -1,0 +1,188 @@
+"""`AsyncPidPool`: a fork in the middle of an event loop, and a child that runs a loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from forking import How, run_in_child
+from parent import bytes_on_the_wire
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from pidpool import AsyncPidPool, ForeignConnectionError, tag_of
+from pidpool.forks import stand_in as inherited
+from pidpool.tools.demo.postgres import EmbeddedPostgres
+
+pytestmark = pytest.mark.usefixtures("clean_log")
+both_hows = pytest.mark.parametrize("how", ["python", "c"])
+both_drivers = pytest.mark.parametrize("driver", ["postgresql+asyncpg", "postgresql+psycopg"])
+STATES = ["idle", "no transaction", "in transaction", "detached in transaction"]
+
+
+@asynccontextmanager
+async def an_engine(url: str, **options: Any) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(url, poolclass=AsyncPidPool, **options)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+async def server_pid(connection: AsyncConnection) -> int:
+    return int((await connection.execute(text("select pg_backend_pid()"))).scalar_one())
+
+
+def wire(tag: Any) -> tuple[int, int]:
+    return bytes_on_the_wire(tag.fd)
+
+
+@both_hows
+@both_drivers
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("action", ["use", "close", "drop", "dispose"])
+def test_an_async_parent_never_notices(
+    postgres: EmbeddedPostgres, driver: str, state: str, action: str, how: How
+) -> None:
+    async def parent() -> None:
+        async with an_engine(postgres.url(driver=driver)) as engine:
+            connection: AsyncConnection | None = await engine.connect()
+            assert connection is not None
+            if state.startswith("detached"):
+                await connection.run_sync(lambda sync: sync.detach())
+            number = await server_pid(connection)
+            tag = tag_of(connection)
+            assert tag is not None and tag.server_pid == number and tag.owner_pid == os.getpid()
+            assert tag.fd is not None and os.fstat(tag.fd).st_ino == tag.socket_inode
+            transaction = None
+            if state.endswith("in transaction"):
+                transaction = await connection.scalar(text("select txid_current()"))
+            else:
+                await connection.rollback()
+            if state == "idle":
+                await connection.close()
+                connection = None
+            holder = [connection]
+            before = wire(tag)
+
+            async def child() -> None:
+                connection = holder.pop()
+                if action == "use":
+                    if connection is None:
+                        async with engine.connect() as own:
+                            assert await server_pid(own) != number
+                    else:
+                        if transaction is not None:
+                            with pytest.raises(OperationalError) as caught:
+                                await server_pid(connection)
+                            assert caught.value.connection_invalidated
+                            error = caught.value.orig
+                            assert isinstance(error, ForeignConnectionError)
+                            assert (error.owner_pid, error.pid) == (os.getppid(), os.getpid())
+                            await connection.rollback()
+                        assert await server_pid(connection) != number
+                        own_tag = tag_of(connection)
+                        assert own_tag is not None and own_tag.owner_pid == os.getpid()
+                        await connection.close()
+                elif action == "close" and connection is not None:
+                    await connection.close()
+                elif action == "dispose":
+                    await engine.dispose()
+                del connection
+                gc.collect()
+                async with engine.connect() as own:
+                    assert await server_pid(own) != number
+                assert os.fstat(tag.fd).st_ino != tag.socket_inode
+                await engine.dispose()
+
+            inner = connection
+            connection = None
+            run_in_child(lambda: asyncio.run(child()), how=how)
+            assert wire(tag) == before
+            if inner is None:
+                inner = await engine.connect()
+            assert await server_pid(inner) == number
+            if transaction is not None:
+                assert await inner.scalar(text("select txid_current()")) == transaction
+            await inner.commit()
+            raw = (await inner.get_raw_connection()).dbapi_connection
+            driver_connection = None if raw is None else raw.driver_connection
+            await inner.close()
+            if state.startswith("detached") and driver == "postgresql+psycopg":
+                await driver_connection.close()  # SQLAlchemy leaves that to the garbage collector
+
+    asyncio.run(parent())
+
+
+@both_drivers
+def test_a_replacement_has_the_settings_of_the_inherited_connection(
+    postgres: EmbeddedPostgres, driver: str
+) -> None:
+    async def seen(connection: AsyncConnection) -> list[Any]:
+        names = ("transaction_isolation", "transaction_read_only", "transaction_deferrable")
+        shown = [await connection.scalar(text(f"show {name}")) for name in names]
+        await connection.rollback()
+        return shown
+
+    async def parent() -> None:
+        async with an_engine(postgres.url(driver=driver), pool_size=1, max_overflow=0) as engine:
+            connection = await (await engine.connect()).execution_options(
+                isolation_level="SERIALIZABLE", postgresql_readonly=True, postgresql_deferrable=True
+            )
+            assert await seen(connection) == ["serializable", "on", "on"]
+
+            async def child() -> None:
+                assert await seen(connection) == ["serializable", "on", "on"]
+                await connection.close()
+                async with engine.connect() as again:
+                    assert await seen(again) == ["read committed", "off", "off"]
+                await engine.dispose()
+
+            run_in_child(lambda: asyncio.run(child()))
+            assert await seen(connection) == ["serializable", "on", "on"]
+            await connection.close()
+
+    asyncio.run(parent())
+
+
+@both_drivers
+def test_kept_sockets(postgres: EmbeddedPostgres, driver: str) -> None:
+    async def parent() -> None:
+        async with an_engine(postgres.url(driver=driver), inherited_sockets="keep") as engine:
+            connection = await engine.connect()
+            number = await server_pid(connection)
+            tag = tag_of(connection)
+            assert tag is not None and tag.fd is not None
+
+            async def child() -> None:
+                with pytest.raises(OperationalError):
+                    await server_pid(connection)
+                assert os.fstat(tag.fd).st_ino == tag.socket_inode
+                await connection.close()
+                await engine.dispose()
+
+            run_in_child(lambda: asyncio.run(child()))
+            assert await server_pid(connection) == number
+            await connection.close()
+
+    asyncio.run(parent())
+
+
+def test_what_is_in_a_transaction_is_told_without_the_server(postgres: EmbeddedPostgres) -> None:
+    async def tell() -> None:
+        async with (
+            an_engine(postgres.url(driver="postgresql+asyncpg")) as engine,
+            engine.connect() as connection,
+        ):
+            raw = (await connection.get_raw_connection()).dbapi_connection
+            assert inherited.transaction_state(raw) == "no transaction"
+            await server_pid(connection)
+            assert inherited.transaction_state(raw) == "in transaction"
+
+    asyncio.run(tell())

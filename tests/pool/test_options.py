@@ -1,0 +1,200 @@
+"""The pool's options: refused where they make no sense, kept over recreate() and dispose(), given to
+create_engine, in a URL, or to the pool itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import MakeEngine
+from forking import run_in_child
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from pidpool import AsyncPidPool, PidPool
+from pidpool.tools.demo.postgres import EmbeddedPostgres
+
+
+class Log:
+    """A logger that remembers, for the option `logger`."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, dict[str, Any]]] = []
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.heard.append((event, fields))
+
+    warning = debug = info
+
+    def events(self) -> list[str]:
+        return [event for event, _ in self.heard]
+
+
+WRONG: list[tuple[str, Any, type[Exception], str]] = [
+    ("on_foreign", "refues", ValueError, "takes one of 'replace', 'refuse'"),
+    ("on_foreign", None, ValueError, "takes one of 'replace', 'refuse'"),
+    ("on_foreign", ["replace"], ValueError, "takes one of 'replace', 'refuse'"),
+    ("inherited_sockets", "close", ValueError, "takes one of 'sever', 'keep'"),
+    ("hold_warning", -1, ValueError, "takes a number of 0 or more, in seconds, or None for no warnings"),
+    ("hold_warning", float("nan"), ValueError, "takes a number of 0 or more"),
+    ("hold_warning", float("inf"), ValueError, "takes a number of 0 or more"),
+    ("hold_warning", "5", TypeError, "takes a number of 0 or more"),
+    ("hold_warning", True, TypeError, "takes a number of 0 or more"),
+    ("logger", "pidpool", TypeError, "takes a structlog logger, or None for structlog's own"),
+    ("logger", object(), TypeError, "takes a structlog logger"),
+    ("pool_size", -1, ValueError, "takes a whole number of 0 or more, 0 for no limit"),
+    ("pool_size", "5", TypeError, "takes a whole number of 0 or more"),
+    ("pool_size", 2.5, TypeError, "takes a whole number of 0 or more"),
+    ("pool_size", None, TypeError, "takes a whole number of 0 or more"),
+    ("max_overflow", 1.5, TypeError, "takes a whole number, a negative one for no limit"),
+    ("timeout", -0.1, ValueError, "create_engine calls it pool_timeout"),
+    ("timeout", "30", TypeError, "create_engine calls it pool_timeout"),
+    ("recycle", -2, ValueError, "in seconds, -1 for never (create_engine calls it pool_recycle)"),
+    ("recycle", "1h", TypeError, "in seconds, -1 for never"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "error", "takes"), WRONG)
+def test_a_wrong_option_says_which_what_it_got_and_what_it_takes(
+    option: str, value: Any, error: type[Exception], takes: str
+) -> None:
+    with pytest.raises(error) as caught:
+        PidPool(object, **{option: value})
+    assert str(caught.value).startswith(f"{option}={value!r}: ")
+    assert takes in str(caught.value)
+
+
+def test_a_wrong_option_of_create_engine_fails_there() -> None:
+    with pytest.raises(ValueError, match="on_foreign='ignore': takes one of"):
+        create_engine("sqlite://", poolclass=PidPool, on_foreign="ignore")
+    with pytest.raises(TypeError, match="no_such_option"):
+        create_engine("sqlite://", poolclass=PidPool, no_such_option=1)
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return {
+        "poolclass": PidPool,
+        "pool_size": 3,
+        "max_overflow": 2,
+        "pool_timeout": 1.5,
+        "pool_use_lifo": True,
+        "pool_recycle": 3000,
+        "pool_pre_ping": True,
+        "pool_reset_on_return": "commit",
+        "pool_logging_name": "orders",
+        "on_foreign": "refuse",
+        "inherited_sockets": "keep",
+        "hold_warning": 25.0,
+        **more,
+    }
+
+
+def read(pool: PidPool) -> tuple[Any, ...]:
+    return (
+        type(pool),
+        pool.size(),
+        pool._max_overflow,
+        pool.timeout(),
+        pool._pool.use_lifo,
+        pool._recycle,
+        pool._pre_ping,
+        pool._reset_on_return.name,
+        pool.logging_name,
+        pool.on_foreign,
+        pool.inherited_sockets,
+        pool.hold_warning,
+        pool._telemetry.pool,
+        id(pool._telemetry.logger),
+        pool._telemetry.logger is not None,
+    )
+
+
+def test_every_option_is_kept(tls_url: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(tls_url, **options(logger=Log()))
+    heard: list[str] = []
+    event.listen(engine, "checkout", lambda *_: heard.append("checkout"))
+    pool = engine.pool
+    assert isinstance(pool, PidPool)
+    before = read(pool)
+    shown = (3, 2, 1.5, True, 3000, True, "reset_commit", "orders", "refuse", "keep", 25.0, "orders")
+    assert before[1:-2] == shown
+
+    def child(how: str) -> None:
+        pool.status()  # noticed
+        assert read(pool) == before
+        engine.dispose(close=how == "with close")
+        assert engine.pool is not pool
+        assert read(engine.pool) == before
+        count = len(heard)
+        with engine.connect() as connection:
+            connection.scalar(text("select 1"))
+        assert len(heard) == count + 1
+        engine.dispose()
+
+    assert read(pool.recreate()) == before
+    run_in_child(child, "with close")
+    run_in_child(child, "without")
+    engine.dispose()
+    assert read(engine.pool) == before
+
+
+def test_a_logger_given_goes_on_hearing_after_dispose_and_in_a_child(
+    tls_url: str, make_engine: MakeEngine
+) -> None:
+    log = Log()
+    engine = make_engine(tls_url, logger=log)
+
+    def use() -> list[str]:
+        log.heard.clear()
+        with engine.connect() as connection:
+            connection.scalar(text("select 1"))
+        engine.dispose()
+        return log.events()
+
+    assert "connection.opened" in use()
+    assert "connection.opened" in use()  # of the second pool
+    events = run_in_child(use)
+    assert events[0] == "pool.adopted" and "connection.opened" in events
+
+
+def test_the_name_in_events_is_the_pools_logging_name(tls_url: str, make_engine: MakeEngine) -> None:
+    log = Log()
+    engine = make_engine(tls_url, logger=log, pool_logging_name="orders")
+    engine.connect().close()
+    assert {fields["pool"] for _, fields in log.heard} == {"orders"}
+
+
+def test_the_pool_alone(tmp_path: Path) -> None:
+    import sqlite3
+
+    pool = PidPool(lambda: sqlite3.connect(tmp_path / "a.db"), 1, max_overflow=0, timeout=None)
+    connection = pool.connect()
+    assert connection.cursor().execute("select 1").fetchone() == (1,)
+    connection.close()
+    assert (pool.checkedin(), pool.checkedout()) == (1, 0)
+    pool.dispose()
+
+
+def test_a_plain_pool_for_sqlite(tmp_path: Path, make_engine: MakeEngine) -> None:
+    engine = make_engine(f"sqlite:///{tmp_path}/a.db", pool_size=1, max_overflow=0)
+    with engine.begin() as connection:
+        connection.execute(text("create table t (v integer)"))
+        connection.execute(text("insert into t values (1)"))
+    first = engine.raw_connection()
+    raw = first.dbapi_connection
+    first.close()
+    second = engine.raw_connection()
+    assert second.dbapi_connection is raw  # pooled
+    second.close()
+    with engine.connect() as connection:
+        assert connection.scalar(text("select v from t")) == 1
+        assert engine.pool.status().startswith("Pool size: 1")
+
+
+def test_the_async_pool_keeps_its_class_and_its_options(postgres: EmbeddedPostgres) -> None:
+    engine = create_async_engine(postgres.url(driver="postgresql+asyncpg"), **options(poolclass=AsyncPidPool))
+    pool = engine.sync_engine.pool
+    assert isinstance(pool, AsyncPidPool)
+    again = pool.recreate()
+    assert read(again) == read(pool) and type(again._pool) is type(pool._pool)
