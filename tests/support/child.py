@@ -1,4 +1,4 @@
-"""The child's side of a fork test: everything that a child can do with what it inherited, and what it must see."""
+"""The child's side of a fork test: all that it can do with what it inherited, and what it must see."""
 
 from __future__ import annotations
 
