@@ -73,7 +73,7 @@ def answer(scale: Scale) -> Answer:
             name: cpu_slice(contenders.cycle(pool), 50) for name, pool in pools.items()
         }
         slices["line"] = cpu_slice(_line(_logger(file, 10)), 50)
-        slices["question"] = cpu_slice(pools["off"]._telemetry.hears, 50)
+        slices["question"] = cpu_slice(pools["off"].pool_events.is_enabled, 50)
         slices["nothing"] = cpu_slice(lambda: None, 50)
         measured = alternate(slices, scale.rounds(400))
     event = Spread.of([(on - off) / 2 for on, off in zip(measured["on"], measured["off"], strict=True)])

@@ -21,7 +21,7 @@ PidPool severs each of them. The code and the objects for that are touched for t
 and each page is copied at the first write, reference counts included. Counted with `getrusage` in a child of
 a process with five idle connections, taking the pool over makes about 350 such faults, of 2.7 µs each on the
 machine of the table: 0.95 ms. They are spread thin: no function has more than 50, the largest being
-`fork.notice` (50), `adoption._adopt` and `PidPool._start_from_zero` (39 each), `_open_connections` and
+`notice_fork` (50), `_take_over` and `PidPool.start_from_zero` (39 each), `_open_connections` and
 `renew_first_connect` (20 each). What a pool would do without severing is the floor: a new queue, new locks
 and a new row are a third of it. A child whose parent had no connection open pays none of this at its fork."""
 

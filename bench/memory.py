@@ -51,8 +51,8 @@ def answer(scale: Scale) -> Answer:
         Row(f"{name}, per connection", f"{idle:,.0f} bytes idle, {checked_out:,.0f} more checked out")
         for name, (idle, checked_out) in measured.items()
     ]
-    family = PidPool(fake_driver.Connection)._telemetry.family
-    row = family._row_words * 8
+    family = PidPool(fake_driver.Connection).pool_events.family
+    row = family.block_cells * 8
     rows.append(Row("the family's memory, per process", f"{row:,} bytes for a pool of 5 + 10"))
     bars = {
         label: value

@@ -1,6 +1,6 @@
-"""The queue of a pool's idle connections. To put one and to get one that is there are single calls of C's
-own deque, which no other thread and no finalizer can come between: no lock to wait for, or to inherit
-locked.
+"""`IdleQueue`: the queue of a pool's idle connections. To put one and to get one that is there are single
+calls of C's own deque. No other thread and no finalizer can come between, so there is no lock to wait for,
+or to inherit locked.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy.util import queue as sqlalchemy_queue
 
+from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
+
 _T = TypeVar("_T")
 
 PATIENCE = 0.03
-"""Seconds after which a waiting thread is handed the next connection that comes back, whoever else asks.
-It is the interval at which CPython takes turns between threads."""
+"""Seconds after which a waiting thread is handed the next connection that comes back, before all others. It
+is about the interval at which CPython takes turns between threads."""
 
 
 class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
     """A queue with the interface of `sqlalchemy.util.queue.Queue`.
 
-    Waiting threads: what comes back goes to whoever asks first, waiting or not, since a thread that first
-    has to be woken costs everybody time. But a thread that has waited for `PATIENCE` seconds is served
-    next, in order of arrival: none starves.
+    A connection that comes back goes to the first thread that asks, whether that has waited or not: to wake
+    a thread first would cost all of them time. But a thread that has waited for `PATIENCE` seconds is
+    served next, in order of arrival, so that none starves.
 
     :param maxsize: how many it takes; 0 for no limit.
-    :param use_lifo: the one put last is got first.
+    :param use_lifo: whether the item put last is got first.
     """
 
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
         self.use_lifo = use_lifo
         self.queue: deque[_T] = deque()  # the name that it has in SQLAlchemy's
-        self._take = self.queue.pop if use_lifo else self.queue.popleft
-        # Whoever puts takes a place first, so that there never are more than maxsize: to look how
-        # many there are and then to put would be two steps.
-        self._places: list[None] = [None] * max(maxsize, 0)
+        self._pop = self.queue.pop if use_lifo else self.queue.popleft
+        # A put first takes one of these, so that there never are more than maxsize items: to look how many
+        # there are and then to put would be two steps.
+        self._free_places: list[None] = [None] * max(maxsize, 0)
         self._waiters: deque[_Waiter] = deque()
         self._is_abandoned = False
 
@@ -48,13 +50,13 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         :raises sqlalchemy.util.queue.Empty: if there is none, or none in time.
         """
         try:
-            item = self._take()
+            item = self._pop()
         except IndexError:
             if not block:
                 raise sqlalchemy_queue.Empty from None
         else:
             if self.maxsize > 0:
-                self._places.append(None)
+                self._free_places.append(None)
             return item
         if timeout is not None and timeout < 0:
             raise ValueError("'timeout' must be a positive number")
@@ -67,11 +69,11 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         """
         if self.maxsize > 0:
             try:
-                self._places.pop()
+                self._free_places.pop()
             except IndexError:
                 raise sqlalchemy_queue.Full from None
         self.queue.append(item)
-        # After the item is there: who begins to wait looks for an item after it is on the list, so
+        # After the item is there. A thread that begins to wait looks for an item after it is on the list, so
         # that one of the two sees the other.
         if self._waiters:
             self._serve_a_waiter()
@@ -97,9 +99,9 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         return 0 < self.maxsize <= len(self.queue)
 
     def abandon(self) -> None:
-        """Let go of all items, and have who waits find none: in a child, that has another queue.
+        """Let go of all items, and have every waiting thread find none: a child's pool has another queue.
 
-        Takes no lock. Only a thread that forked in a signal handler waits there, and gevent's greenlets.
+        Takes no lock. In a child only a thread that forked in a signal handler waits, or a greenlet.
         """
         self._is_abandoned = True
         self.queue.clear()
@@ -110,7 +112,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
     # -- waiting
 
     def _serve_a_waiter(self) -> None:
-        """See to it that a thread that waits looks again; hand it an item if it has waited for long."""
+        """Have the first waiting thread look again; hand it an item if it has waited for long."""
         try:
             waiter = self._waiters[0]
             if not waiter.is_due:
@@ -147,7 +149,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
                 waiter.is_due = now >= waiter.since + PATIENCE
                 waiter.sleep(deadline - now if waiter.is_due else min(deadline - now, PATIENCE))
         except BaseException:
-            # An interrupt, or gevent's timeout: nobody will have the item that this one may have been given.
+            # An interrupt, or gevent's timeout: an item that this thread was handed would be lost.
             if not self._forget(waiter):
                 self.put(waiter.item)
             if taken:
@@ -159,7 +161,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
                     self.put(waiter.item)
                 item, taken = item if taken else waiter.item, True
         finally:
-            # While this one was awake, others were not woken.
+            # While this thread was awake, others were not woken.
             if self.queue and self._waiters:
                 self._serve_a_waiter()
         if not taken:
@@ -195,11 +197,11 @@ class _Waiter:
         self._lock.acquire()
 
     def sleep(self, seconds: float) -> None:
-        """Wait until somebody wakes this thread."""
+        """Wait until another thread wakes this one."""
         self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
 
     def wake(self) -> None:
-        """Have the thread look again; nothing is done where it is about to."""
+        """Have the thread look again; does nothing if it is about to."""
         if not self.is_awake:
             self.is_awake = True
             try:

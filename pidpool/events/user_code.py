@@ -1,5 +1,6 @@
-"""Where in the user's code a connection was checked out: the nearest caller outside of SQLAlchemy and
-pidpool. Looked up only for pools with `hold_warning`."""
+"""Which line of the user's code is running: the nearest caller outside of SQLAlchemy and pidpool. Looked up
+at a checkout only for pools with `hold_warning`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from types import CodeType, FrameType
 _NOT_THE_USERS = frozenset(["sqlalchemy", "pidpool", "contextlib", ""])
 
 
-class Place:
+class CodeLine:
     """A line of code, kept without its frame: a frame would keep the caller's variables alive."""
 
     __slots__ = ("code", "line")
@@ -23,8 +24,8 @@ class Place:
         return f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
 
 
-def caller() -> Place | None:
-    """Return the place that called into SQLAlchemy, or None if there is none (an engine's own thread)."""
+def calling_line() -> CodeLine | None:
+    """Return the line that called into SQLAlchemy, or None if there is none (an engine's own thread)."""
     found = _outside(sys._getframe(1))
     if found is None and "greenlet" in sys.modules:
         # SQLAlchemy's asyncio runs the pool in a greenlet of its own; the coroutine is its parent's.
@@ -35,10 +36,10 @@ def caller() -> Place | None:
     return found
 
 
-def _outside(frame: FrameType | None) -> Place | None:
+def _outside(frame: FrameType | None) -> CodeLine | None:
     while frame is not None:
         module = frame.f_globals.get("__name__") or ""
         if module.partition(".")[0] not in _NOT_THE_USERS:
-            return Place(frame.f_code, frame.f_lineno)
+            return CodeLine(frame.f_code, frame.f_lineno)
         frame = frame.f_back
     return None

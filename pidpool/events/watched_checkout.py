@@ -1,5 +1,5 @@
-"""A checkout that is told of: when and where it was made, so that its end, or that it lasts for long, can
-be told in the context in which it was made. Other checkouts have no such thing.
+"""`WatchedCheckout`: when and where a checkout began, and the context for its later events. A checkout of
+which nothing will be logged has no such object.
 """
 
 from __future__ import annotations
@@ -7,74 +7,87 @@ from __future__ import annotations
 import math
 import time
 from contextvars import Context
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from pidpool._sqlalchemy.checkout import PidRecord
-    from pidpool.events.user_code import Place
-    from pidpool.forks.ownership import ConnectionTag
+from pidpool.events.pool_events import PoolEvents
+from pidpool.events.user_code import CodeLine
+from pidpool.tag import ConnectionTag
 
 
-class Checkout:
-    """One checkout, kept by its pool entry until that comes back.
+class WatchedEntry(Protocol):
+    """The pool's entry that is checked out, as far as its events need it."""
 
-    :param record: the entry.
+    pool_events: PoolEvents
+
+    @property
+    def pidpool_tag(self) -> ConnectionTag | None: ...
+
+
+class WatchedCheckout:
+    """One checkout, kept by its pool entry until the connection comes back.
+
+    :param entry: the entry.
     :param since: `time.perf_counter()` when the connection was handed out.
-    :param told: whether there was an event of the checkout, so that there is one of its end.
+    :param is_logged: whether the checkout was logged, so that its end is logged too.
     """
 
-    __slots__ = ("record", "since", "told", "due_at", "place", "to_tell")
+    __slots__ = ("entry", "since", "is_logged", "hold_warning", "due_at", "code_line", "_overdue_contexts")
 
-    due_at: float
-    """When it will have lasted for the pool's `hold_warning` seconds."""
-    place: Place | None
-    to_tell: list[Context] | None
-    """The context in which the checkout was made, for `checkout.overdue`. Popped by the one who tells
-    it, the watching thread or the one that returns the connection; None where nobody watches."""
-
-    def __init__(self, record: PidRecord, since: float, *, told: bool) -> None:
-        self.record = record
+    def __init__(self, entry: WatchedEntry, since: float, *, is_logged: bool) -> None:
+        self.entry = entry
         self.since = since
-        self.told = told
+        self.is_logged = is_logged
+        self.hold_warning: float | None = None
+        """The pool's `hold_warning` in seconds; None if the duration is not watched."""
         self.due_at = math.inf
-        self.place = self.to_tell = None
+        """When it will have lasted for `hold_warning` seconds."""
+        self.code_line: CodeLine | None = None
+        """The line of the user's code that made it."""
+        # The context in which the checkout was made, for `checkout.overdue`. The thread that logs the event
+        # pops it: the watching thread, or the thread that returns the connection.
+        self._overdue_contexts: list[Context] = []
 
-    def tell_overdue(self, now: float) -> None:
-        """Tell, unless that was done, that the checkout has lasted for `hold_warning` seconds."""
+    def watch_duration(self, hold_warning: float, code_line: CodeLine | None, context: Context) -> None:
+        """Have the checkout logged as overdue, once, when it has lasted for `hold_warning` seconds."""
+        self.hold_warning = hold_warning
+        self.due_at = self.since + hold_warning
+        self.code_line = code_line
+        self._overdue_contexts = [context]
+
+    def log_overdue(self, now: float) -> None:
+        """Log that the checkout has lasted for `hold_warning` seconds, unless that was done."""
         context = self._claim()
         if context is not None:
-            self._tell_overdue(context, now - self.since)
+            self._log_overdue(context, now - self.since)
 
-    def tell_return(self) -> None:
-        """Tell that the checkout is over. Before the connection is idle again: whoever gets it next tells
-        of that afterwards."""
-        telemetry, tag = self.record.pidpool._telemetry, self._tag()
-        hold_warning = None if self.to_tell is None else self.record.pidpool.hold_warning
+    def log_return(self) -> None:
+        """Log that the checkout is over.
+
+        Called before the connection is idle again: the events of its next checkout come afterwards.
+        """
+        events, tag = self.entry.pool_events, self.entry.pidpool_tag
         context = self._claim()
-        # Read after the claim: where the thread was first, this has lasted for `hold_warning` seconds.
+        # Read after the claim: if the watching thread was first, this has lasted for `hold_warning` seconds.
         use_time = time.perf_counter() - self.since
-        if self.told and tag is not None:
-            telemetry.connection_checked_in(tag, use_time)
-        if hold_warning is not None and use_time >= hold_warning:
-            if context is not None:  # the thread has not come round to it
-                self._tell_overdue(context, use_time)
-            telemetry.checkout_returned_late(tag, use_time, hold_warning, self._where())
+        if self.is_logged and tag is not None:
+            events.connection_checked_in(tag, use_time)
+        if self.hold_warning is not None and use_time >= self.hold_warning:
+            if context is not None:  # the watching thread has not come round to it
+                self._log_overdue(context, use_time)
+            events.checkout_returned_late(tag, use_time, self.hold_warning, self.where)
+
+    @property
+    def where(self) -> str | None:
+        """The line of the user's code that made it, as text; None if that is not known."""
+        return None if self.code_line is None else str(self.code_line)
 
     def _claim(self) -> Context | None:
         try:
-            return self.to_tell.pop() if self.to_tell else None
+            return self._overdue_contexts.pop()
         except IndexError:
             return None
 
-    def _tell_overdue(self, context: Context, held: float) -> None:
-        pool = self.record.pidpool
-        assert pool.hold_warning is not None
-        told = pool._telemetry.checkout_overdue
-        context.run(told, self._tag(), held, pool.hold_warning, self._where())
-
-    def _tag(self) -> ConnectionTag | None:
-        holding = self.record.pidpool_holding
-        return None if holding is None else holding.tag
-
-    def _where(self) -> str | None:
-        return None if self.place is None else str(self.place)
+    def _log_overdue(self, context: Context, held: float) -> None:
+        assert self.hold_warning is not None
+        log = self.entry.pool_events.checkout_overdue
+        context.run(log, self.entry.pidpool_tag, held, self.hold_warning, self.where)

@@ -1,9 +1,9 @@
-"""Which process is this? Detects a fork, with and without at-fork hooks, and holds a fork back while
-a connection is being opened. Knows nothing of pools: they hand in what is to be done in a child.
+"""Notices a fork, with and without Python's at-fork hooks. Knows nothing of pools: the other modules register
+what is to be done in the parent, in the child, and at the first use of a pool afterwards.
 
-The lazy check is one read of `flag`, a byte on a page that the kernel zeroes in every forked child
-(madvise MADV_WIPEONFORK, Linux 4.14 and later), C forks included: 0.03 µs where os.getpid() takes
-0.18. Elsewhere a pid comparison takes its place.
+The lazy check is one read of `fork_state`, a byte on a page that the kernel zeroes in every forked child
+(madvise MADV_WIPEONFORK, Linux 4.14 and later), also if the fork was made in C. The read takes 0.03 µs;
+os.getpid() takes 0.18. Without such a page a comparison of pids takes its place.
 """
 
 from __future__ import annotations
@@ -14,203 +14,174 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
-# Imports logging. Its at-fork hooks, and those of concurrent.futures, take a lock before the fork: they
-# have to be registered before ours, so as to run after it. Else a thread that has that lock would wait in
-# our hook for a connect whose thread waits for the lock, to fork too
+# Imports logging. The at-fork hooks of logging and of concurrent.futures take a lock before the fork. They
+# have to be registered before ours, so that they run after it. Otherwise a thread that has such a lock would
+# wait in our hook for a connect whose thread waits for the same lock, to fork too
 # (tests/pool/test_threads.py::test_connecting_threads_that_fork_do_not_wait_for_each_other).
-from pidpool.forks import log_locks as writers
+from pidpool.forks import log_locks
+from pidpool.forks.gate import ConnectGate
+from pidpool.terms import Trigger
 
 _MADV_WIPEONFORK = 18
 
-CONNECT_WAIT = 5.0
-"""Seconds that a fork waits at most for the connects in flight in other threads, and that a new
-connect waits at most for a fork to be over."""
-
-WIPED = 0  # this process was forked and has not noticed yet
-SETTLED = 1  # this process has dealt with whatever it inherited
-UNREPORTED = 2  # something happened in a place where nothing may be logged
-
-
-Trigger = Literal["hook", "lazy"]
-"""What noticed a fork."""
+FORKED = 0
+"""This process was forked and has not noticed it yet. The value that the kernel leaves in a wiped page."""
+SETTLED = 1
+"""This process has dealt with everything that it inherited."""
+UNREPORTED = 2
+"""Events wait that could not be logged at once."""
 
 
-class _Flag(Protocol):
+class _ForkState(Protocol):
     def __getitem__(self, index: int, /) -> int: ...
     def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
-class _PidFlag:
-    """The flag where there is no page that a fork wipes: remembers who set it."""
+class _StateByPid:
+    """The state for systems without a page that a fork wipes: remembers which process set it."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._value = WIPED
+        self._value = FORKED
 
     def __getitem__(self, index: int) -> int:
-        return self._value if os.getpid() == self._pid else WIPED
+        return self._value if os.getpid() == self._pid else FORKED
 
     def __setitem__(self, index: int, value: int) -> None:
         self._pid, self._value = os.getpid(), value
 
 
-def _make_flag() -> _Flag:
+def _make_state() -> _ForkState:
     try:
         # Private: a shared mapping can't be wiped.
         page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         page.madvise(_MADV_WIPEONFORK)
     except (AttributeError, OSError, TypeError, ValueError):
-        return _PidFlag()
+        return _StateByPid()
     return page
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process, told apart from a later one that is given the same pid by a random token."""
+fork_state: _ForkState = _make_state()
+"""``fork_state[0]`` is FORKED, SETTLED or UNREPORTED; each door of a pool reads it first."""
+fork_state[0] = SETTLED
 
-    pid: int
-    token: str
-
-    @classmethod
-    def this(cls) -> Process:
-        return cls(os.getpid(), os.urandom(8).hex())
+_pid = os.getpid()
+_gate = ConnectGate()
 
 
-flag: _Flag = _make_flag()
-flag[0] = SETTLED
-process = Process.this()
+def process_pid() -> int:
+    """Return the pid of this process; in a child that has not noticed its fork, that of its parent."""
+    return _pid
 
 
-def current() -> Process:
-    """Return this process; after a fork only once the fork was noticed."""
-    return process
+# -- what the other modules register
+
+_parent_callbacks: list[Callable[[float], None]] = []
+_urgency_checks: list[Callable[[], bool]] = []
+_child_callbacks: list[Callable[[Trigger, int], None]] = []
+_report_callbacks: list[Callable[[], None]] = []
 
 
-class _Gate:
-    """Keeps a fork and a connect from happening at the same time, for a bounded while.
+def register_parent_callback(callback: Callable[[float], None]) -> None:
+    """Have `callback(at)` called in the parent after every fork that ran Python's hooks.
 
-    A connect in flight in another thread leaves the child with OpenSSL's global locks held: its own
-    first TLS connect would wait for ever, and no lock of ours could be replaced to cure that.
+    `at` is in seconds since the epoch, before anything that the child does. The callback runs inside the
+    at-fork hook: it must not block, log, yield or raise.
     """
-
-    def __init__(self) -> None:
-        # Conditions over a reentrant lock: a finalizer may run, and connect, inside any line here.
-        self._changed = threading.Condition(threading.RLock())
-        self._connecting: dict[int, int] = {}
-        self._forking: dict[int, int] = {}
-
-    def enter_connect(self) -> None:
-        """Call before a connection is opened; waits until no other thread is forking."""
-        thread = threading.get_ident()
-        with self._changed:
-            # Who is connecting or forking already must not wait: the fork may be waiting for it.
-            if thread not in self._connecting and thread not in self._forking:
-                self._changed.wait_for(lambda: not self._forking, 2 * CONNECT_WAIT)
-            self._connecting[thread] = self._connecting.get(thread, 0) + 1
-
-    def leave_connect(self) -> None:
-        """Call once the connection is open and its connect events have run, or failed.
-
-        In a child that was forked meanwhile this does nothing: the gate is its parent's, whose threads
-        may have left it locked.
-        """
-        if flag[0] == WIPED:
-            notice()
-        if self is gate:
-            self._leave(self._connecting)
-
-    def before_fork(self) -> None:
-        """Wait until no other thread is connecting; a thread that forks itself does not count."""
-        thread = threading.get_ident()
-        with self._changed:
-            self._forking[thread] = self._forking.get(thread, 0) + 1
-            self._changed.notify_all()  # two connecting threads that fork wait for each other else
-            self._changed.wait_for(lambda: not self.in_flight(thread), CONNECT_WAIT)
-
-    def after_fork_in_parent(self) -> None:
-        self._leave(self._forking)
-
-    def in_flight(self, thread: int) -> int:
-        """Return how many connects other threads have in flight; takes no lock, so a child may ask."""
-        return sum(other != thread and other not in self._forking for other in self._connecting)
-
-    def _leave(self, threads: dict[int, int]) -> None:
-        thread = threading.get_ident()
-        with self._changed:
-            left = threads.get(thread, 0) - 1
-            if left > 0:
-                threads[thread] = left
-            else:
-                threads.pop(thread, None)
-            self._changed.notify_all()
+    _parent_callbacks.append(callback)
 
 
-gate = _Gate()
+def register_child_callback(callback: Callable[[Trigger, int], None]) -> None:
+    """Have `callback(trigger, connects_in_flight)` called once in every forked child.
 
-_in_parent: list[Callable[[float], None]] = []
-_at_once: list[Callable[[], bool]] = []
-_in_child: list[Callable[[Trigger, int], None]] = []
-_to_report: list[Callable[[], None]] = []
-
-
-def in_parent(forked: Callable[[float], None]) -> None:
-    """Have `forked(at)` called in the parent after every fork that ran Python's hooks; `at` in seconds
-    since the epoch, before anything of the child's.
-
-    It runs inside the at-fork hook: it must not block, log, yield or raise.
+    It may run inside an at-fork hook: it must not block, log, yield or raise. It is called again if it
+    was interrupted.
     """
-    _in_parent.append(forked)
+    _child_callbacks.append(callback)
 
 
-def in_child(adopt: Callable[[Trigger, int], None]) -> None:
-    """Have `adopt(trigger, connects_in_flight)` called once in every forked child.
+def register_urgency_check(is_urgent: Callable[[], bool]) -> None:
+    """Have a child's at-fork hook ask whether the fork has to be dealt with at once.
 
-    It may run inside an at-fork hook: it must not block, log, yield or raise, and it may be called
-    again if it was interrupted.
+    If no check says so, the first look at `fork_state` deals with it: a child that never uses a pool then
+    pays nothing.
     """
-    _in_child.append(adopt)
+    _urgency_checks.append(is_urgent)
 
 
-def is_urgent(asked: Callable[[], bool]) -> None:
-    """Have a child's at-fork hook ask whether the fork has to be dealt with at once; else that is done
-    when something first looks at `flag`, and a child that never uses a pool pays nothing."""
-    _at_once.append(asked)
+def register_report_callback(report: Callable[[], None]) -> None:
+    """Have `report()` called at the next use of a pool, when logging is allowed and events wait."""
+    _report_callbacks.append(report)
 
 
-def at_first_use(report: Callable[[], None]) -> None:
-    """Have `report()` called at the next use of a pool, where logging is allowed, when `flag[0]` is
-    UNREPORTED; always so in a child."""
-    _to_report.append(report)
+# -- what the pools call
 
 
-def notice(trigger: Trigger = "lazy") -> None:
-    """Deal with a fork if there was one and nobody has yet. Never blocks for long, never logs."""
-    global process, gate
+def mark_unreported() -> None:
+    """Note that events wait, so that the next use of a pool logs them."""
+    if fork_state[0] == SETTLED:
+        fork_state[0] = UNREPORTED
+
+
+def settle() -> None:
+    """Deal with a fork and log what waits; called at a pool's doors when ``fork_state[0]`` is not SETTLED."""
+    if fork_state[0] == FORKED:
+        notice_fork()
+    if fork_state[0] == UNREPORTED:
+        fork_state[0] = SETTLED  # first: a log handler may use a pool
+        for report in _report_callbacks:
+            report()
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Hold forks of other threads back, for a bounded while, during a connect and its events."""
+    entered = _gate
+    try:
+        entered.enter_connect()
+        yield
+    finally:
+        if fork_state[0] == FORKED:
+            notice_fork()
+        # In a child forked meanwhile the gate is its parent's, whose threads may have left it locked.
+        if entered is _gate:
+            entered.leave_connect()
+
+
+_notice_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]  # a function before 3.13
+
+
+def notice_fork(trigger: Trigger = "lazy") -> None:
+    """Deal with a fork, if there was one and it was not dealt with yet. Never blocks for long, never logs."""
+    global _pid, _gate
     if _hooked_pid == os.getpid():
         trigger = "hook"
-    # A lock of this process's own: one that a fork may have copied in a locked state can't be used.
-    lock = _locks.setdefault(os.getpid(), threading.RLock())
+    # A lock of this process's own: a fork may have copied any other one in a locked state.
+    lock = _notice_locks.setdefault(os.getpid(), threading.RLock())
     with lock:
-        if flag[0] != WIPED:
+        if fork_state[0] != FORKED:
             return
-        # A collection in the middle would run finalizers of connections not disowned yet.
+        # A collection in the middle would run finalizers of connections that are not disowned yet.
         collecting = gc.isenabled()
         gc.disable()
         try:
-            in_flight = gate.in_flight(threading.get_ident())
-            for adopt in _in_child:
-                adopt(trigger, in_flight)
-            writers.renew(in_hook=trigger == "hook")
-            process = Process.this()
-            gate = _Gate()
-            flag[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
+            in_flight = _gate.in_flight(threading.get_ident())
+            for callback in _child_callbacks:
+                callback(trigger, in_flight)
+            log_locks.renew(in_hook=trigger == "hook")
+            _pid = os.getpid()
+            _gate = ConnectGate()
+            fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
         finally:
             if collecting:
                 gc.enable()
+
+
+# -- the at-fork hooks
 
 
 class _Thread(threading.local):
@@ -219,50 +190,40 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]  # a function before 3.13
+_hooked_pid = 0
+"""The process whose at-fork hook has run and left the fork to the first look at `fork_state`."""
 
 
-def settle() -> None:
-    """Deal with a fork and report it; called at a pool's doors when `flag[0]` is not SETTLED."""
-    if flag[0] == WIPED:
-        notice()
-    if flag[0] == UNREPORTED:
-        flag[0] = SETTLED  # first: a log handler may use a pool
-        for report in _to_report:
-            report()
-
-
-def _before() -> None:
-    if flag[0] == WIPED:
-        # A child forked in C that forks before it uses a pool: the gate it has is its parent's, whose
+def _before_fork() -> None:
+    if fork_state[0] == FORKED:
+        # A child forked in C that forks before it uses a pool. The gate it has is its parent's, whose
         # threads may have left it locked (test_a_child_that_never_noticed_its_fork_can_fork).
-        notice()
-    gate.before_fork()
-    writers.hold()  # last: a thread whose connect is waited for may log
-    # Not afterwards, when the child may be ahead: who sorts events by time has the fork first.
+        notice_fork()
+    _gate.before_fork()
+    log_locks.hold()  # last: a thread whose connect is waited for may log
+    # Not afterwards, when the child may be ahead: events sorted by time have the fork first.
     _thread.forking_at = time.time()
 
 
-def _after_in_parent() -> None:
-    writers.release()
-    gate.after_fork_in_parent()
+def _after_fork_in_parent() -> None:
+    log_locks.release()
+    _gate.after_fork_in_parent()
+    # None if the fork was made in C and only this hook ran.
     began, _thread.forking_at = _thread.forking_at, None
-    for forked in _in_parent:
-        forked(time.time() if began is None else began)  # None: who forked in C ran this hook alone
+    for callback in _parent_callbacks:
+        callback(time.time() if began is None else began)
 
 
-_hooked_pid = 0
-"""The process whose at-fork hook has run and left the fork to the first look at `flag`."""
-
-
-def _after_in_child() -> None:
+def _after_fork_in_child() -> None:
     global _hooked_pid
-    if any(asked() for asked in _at_once):
-        notice("hook")
+    if any(is_urgent() for is_urgent in _urgency_checks):
+        notice_fork("hook")
     else:
         _hooked_pid = os.getpid()
-        writers.renew(in_hook=True)
+        log_locks.renew(in_hook=True)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+    )

@@ -1,11 +1,11 @@
-"""Keeps a fork out of the middle of a log line: the locks of this process's log writers are held over
-the fork, and what can't be held is made anew in the child.
+"""Keeps a fork out of the middle of a log line: the forking thread holds the locks of this process's log
+writers over the fork, and the child makes anew those that could not be held.
 
-A writer has two locks. structlog's writers keep theirs over a fork, a locked one too (seen to hang a
-child); the stdlib makes its handlers new ones. Under both lies the lock of the file's own buffer,
-which Python never renews: a thread caught in the middle of a write leaves it behind, and the child's
-first line would wait for it for ever. Whoever holds a writer's lock at the fork knows that nobody is
-in the middle of a write (tests/forks/test_log_locks.py).
+A writer has two locks. structlog's writers keep theirs over a fork, a locked one too (seen to hang a child);
+the stdlib gives its handlers new ones. Under both lies the lock of the file's own buffer, which Python never
+renews: if a fork falls into the middle of a write, the child's first line would wait for it for ever. No
+thread is in the middle of a write while the forking thread holds the writer's lock
+(tests/forks/test_log_locks.py).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 
 import structlog
 
-WRITER_WAIT = 1.0
-"""Seconds that a fork waits at most for log lines being written by other threads."""
+LOG_LINE_WAIT = 1.0
+"""Seconds that a fork waits at most for log lines that other threads are writing."""
 
 LIVING_WAIT = 0.2
-"""Seconds for which a lock may be found taken, where a child may have threads of its own, before its
-holder counts as a thread of the parent's."""
+"""Seconds for which a child that may have threads of its own waits for a lock, before it takes the lock's
+holder for a thread of its parent's."""
 
 _held: dict[int, list[Any]] = {}  # by thread: two may fork at a time
 
 
 def hold() -> None:
-    """Take the writers' locks, before a fork; goes without those that aren't free in time."""
+    """Take the writers' locks before a fork, but for those that do not become free in time."""
     held = _held[threading.get_ident()] = []
-    deadline = time.monotonic() + WRITER_WAIT
+    deadline = time.monotonic() + LOG_LINE_WAIT
     for lock, _ in _writers():
         if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             held.append(lock)
@@ -55,11 +55,11 @@ def release() -> None:
 
 
 def renew(*, in_hook: bool) -> None:
-    """Make anew, in a child, what another thread may have been in the middle of at the fork: that
-    thread does not exist here.
+    """Make anew in a child each lock that another thread may have held at the fork: that thread does not
+    exist here.
 
-    :param in_hook: nothing else has run in this child yet. Otherwise it may have written lines and
-        started threads: then only what is stuck is made anew.
+    :param in_hook: whether this is the first code that runs in this child. Otherwise the child may have
+        written lines and started threads, and only a lock that does not become free is made anew.
     """
     held = {id(lock) for lock in _held.get(threading.get_ident(), ())}
     release()

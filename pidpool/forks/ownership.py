@@ -1,140 +1,139 @@
-"""Whose connection is it: the tag that every connection gets when it is opened, and the register of
-all connections that this process has open, by which a forked child finds what it inherited.
+"""The connections that this process owns: every one that it opened and has not closed. A forked child finds
+here what it inherited.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import stat
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from sqlalchemy.engine import Connection
+from typing import Any, Protocol
 
 from pidpool.drivers import driver_of
-from pidpool.forks import detection as fork
-from pidpool.forks import stand_in as inherited
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from pidpool.forks import severing
+from pidpool.forks.detection import FORKED, fork_state, process_pid
+from pidpool.tag import ConnectionTag
 
 
-@dataclass(frozen=True)
-class ConnectionTag:
-    """Who opened a connection, and what it is to the operating system and to the server.
+class Checkout(Protocol):
+    """One checkout of a connection, as far as this room deals with it."""
 
-    Made once, when the connection is opened; immutable, can be pickled and passed between
-    processes. A child reads its parent's tag on an inherited connection.
-    """
+    held_connection: Any
+    """The driver's connection, or the stand-in for it; read without asking which process this is."""
 
-    connection_id: str
-    """``<pid of the owner>-<number>``; the number counts the connections of that process."""
-    owner_pid: int
-    """The process that opened the connection."""
-    fd: int | None
-    """The descriptor of its socket in the owner; None where the driver does not tell it."""
-    socket_inode: int | None
-    """The inode of that socket, by which the descriptor is known to be the same one still."""
-    server_pid: int | None
-    """What ``pg_backend_pid()`` (or MySQL's ``connection_id()``) answers on it."""
-    opened_at: float
-    """Seconds since the epoch."""
+    @property
+    def dbapi_connection(self) -> Any: ...
+
+    @property
+    def pidpool(self) -> Any: ...
 
 
-class Holding:
+class Entry(Protocol):
+    """A pool's entry, as far as this room deals with it."""
+
+    dbapi_connection: Any
+
+    @property
+    def in_use(self) -> bool: ...
+
+    @property
+    def pidpool(self) -> Any: ...
+
+    @property
+    def checked_out_at(self) -> str | None:
+        """The line of the user's code that checked it out, if that is known."""
+
+    def current_checkout(self) -> Checkout | None: ...
+
+
+class OwnedConnection:
     """A connection that this process opened, as long as it lives. Holds no reference to it."""
 
     __slots__ = (
         "tag",
         "sever",
-        "device",
         "detached",
-        "checked_out",
+        "used_by",
         "_connection",
-        "_record",
+        "_entry",
+        "_identity",
         "_key",
         "__weakref__",
     )
 
     def __init__(
-        self, tag: ConnectionTag, device: int | None, connection: Any, record: Any, sever: bool
+        self, tag: ConnectionTag, identity: tuple[int, int] | None, connection: Any, entry: Entry, sever: bool
     ) -> None:
         self.tag = tag
-        self.device = device
         self.sever = sever
-        self.detached: Callable[[], Any] | None = None  # a weak reference to the detached fairy
-        # The pool entry, while it is checked out. Without it a child that collects the checkout and
-        # the connection together finds nothing left to disown: weak references go first.
-        self.checked_out: Any = None
+        self.detached: Callable[[], Checkout | None] | None = None
+        """A weak reference to the checkout that was detached from the pool with this connection."""
+        # Without this a child that collects the checkout and the connection together finds nothing left to
+        # disown: weak references go first.
+        self.used_by: Entry | None = None
+        """The pool's entry, while it is checked out."""
+        self._identity = identity
         self._key = id(connection)
-        self._record: weakref.ref[Any] = weakref.ref(record)
+        self._entry: weakref.ref[Entry] = weakref.ref(entry)
         self._connection: weakref.ref[Any] | None
         try:
             self._connection = weakref.ref(connection, self._collected)
-        except TypeError:  # can't be referred to weakly: pyodbc's, SQLAlchemy's asyncio adapters
+        except TypeError:  # has no weak references: pyodbc's, SQLAlchemy's asyncio adapters
             self._connection = None
 
-    def record(self) -> Any:
+    def entry(self) -> Entry | None:
         """Return the pool entry that the connection was opened for, or None if that is gone."""
-        return self._record()
+        return self._entry()
 
     def connection(self) -> Any:
         """Return the driver's connection, or None if it was collected."""
         if self._connection is not None:
             return self._connection()
-        # By what holds it, past the checks of a detached fairy: a child may ask while it adopts.
+        # By what holds it, past the checks of a detached checkout: a child may ask while it takes over.
         if self.detached is not None:
-            fairy = self.detached()
-            return None if fairy is None else fairy._held
-        record = self._record()
-        return None if record is None else record.dbapi_connection
+            checkout = self.detached()
+            return None if checkout is None else checkout.held_connection
+        entry = self._entry()
+        return None if entry is None else entry.dbapi_connection
 
-    def is_still_that_socket(self) -> bool:
-        """Return whether the tag's descriptor still is the socket that was tagged.
+    def sever_socket(self) -> bool:
+        """Sever the connection's socket if that is wanted; return whether it was done.
 
-        Descriptor numbers are reused, so a number alone proves nothing
+        Does nothing if the descriptor is no longer the socket that was tagged. Descriptor numbers are
+        reused, so a number alone proves nothing
         (tests/forks/test_inherited.py::test_a_reused_descriptor_is_left_alone).
         """
-        if self.tag.fd is None or self.tag.socket_inode is None:
+        fd = self.tag.fd
+        if not self.sever or fd is None or self._identity is None:
             return False
-        try:
-            status = os.fstat(self.tag.fd)
-        except OSError:
+        if severing.socket_identity(fd) != self._identity:
             return False
-        return (
-            stat.S_ISSOCK(status.st_mode)
-            and status.st_dev == self.device
-            and status.st_ino == self.tag.socket_inode
-        )
+        severing.sever(fd)
+        return True
 
     def let_go(self) -> None:
-        """Take the connection off the register: it is about to be closed by its owner."""
-        if register.get(self._key) is self:
-            del register[self._key]
+        """Take the connection out of `owned_connections`: its owner is about to close it."""
+        if owned_connections.get(self._key) is self:
+            del owned_connections[self._key]
 
     def _collected(self, reference: weakref.ref[Any]) -> None:
-        # In a child that has not noticed its fork, nobody else will find it: its destructor is next.
-        if fork.flag[0] == fork.WIPED and self.sever and self.is_still_that_socket():
-            assert self.tag.fd is not None
-            inherited.sever(self.tag.fd)
+        # In a child that has not noticed its fork nothing else would sever it: its destructor is next.
+        if fork_state[0] == FORKED:
+            self.sever_socket()
         self.let_go()
 
 
-register: dict[int, Holding] = {}
+owned_connections: dict[int, OwnedConnection] = {}
 """Every connection opened by this process, by `id()`. Emptied in a child once all are disowned."""
 
 _numbers = itertools.count(1)
 
 
-def take(connection: Any, record: Any, *, sever: bool) -> Holding:
-    """Tag a connection that was just opened and put it on the register."""
+def tag_connection(connection: Any, entry: Entry, *, sever: bool) -> OwnedConnection:
+    """Tag a connection that was just opened and note that this process owns it."""
     driver = driver_of(connection)
-    # A driver that fails here is no reason to lose a good connection: what can't be read is None.
+    # If the driver fails here, that is no reason to lose a good connection: what can't be read is None.
     try:
         fd = driver.fileno(connection)
     except Exception:
@@ -143,54 +142,16 @@ def take(connection: Any, record: Any, *, sever: bool) -> Holding:
         server_pid = driver.server_pid(connection)
     except Exception:
         server_pid = None
-    device = inode = None
-    if fd is not None:
-        status = os.fstat(fd)
-        if stat.S_ISSOCK(status.st_mode):
-            device, inode = status.st_dev, status.st_ino
-    pid = fork.current().pid
+    identity = None if fd is None else severing.socket_identity(fd)
+    pid = process_pid()
     tag = ConnectionTag(
         connection_id=f"{pid}-{next(_numbers)}",
         owner_pid=pid,
         fd=fd,
-        socket_inode=inode,
+        socket_inode=None if identity is None else identity[1],
         server_pid=server_pid,
         opened_at=time.time(),
     )
-    holding = Holding(tag, device, connection, record, sever)
-    register[id(connection)] = holding
-    return holding
-
-
-def tag_of(
-    x: Connection | AsyncConnection | PoolProxiedConnection | ConnectionPoolEntry,
-) -> ConnectionTag | None:
-    """Return the tag of the connection that `x` holds at present.
-
-    Never blocks, opens nothing and may be called in any thread and any process: in a forked child
-    an inherited connection still has its owner's tag until it is replaced.
-
-    :param x: a SQLAlchemy ``Connection`` or ``AsyncConnection``, what ``engine.raw_connection()``
-        or ``pool.connect()`` returned, or the entry that pool events are given.
-    :return: None if `x` holds no connection now, being closed or invalidated.
-    :raises TypeError: if `x` is none of these, or not of a `PidPool`.
-    """
-    proxied: Any = x
-    if hasattr(x, "sync_connection"):  # AsyncConnection; None before it is started
-        proxied = x.sync_connection
-        if proxied is None:
-            return None
-    if isinstance(proxied, Connection):
-        # Not `.connection`: that reconnects after an invalidation.
-        proxied = proxied._dbapi_connection
-        if proxied is None:
-            return None
-    try:
-        holding: Holding | None = proxied.pidpool_holding
-    except AttributeError:
-        # Not its repr: a driver's shows the DSN.
-        raise TypeError(
-            f"a {type(x).__name__} has no tag: tag_of() takes a Connection, AsyncConnection, pooled "
-            "connection or pool entry of an engine made with poolclass=PidPool"
-        ) from None
-    return None if holding is None else holding.tag
+    owned = OwnedConnection(tag, identity, connection, entry, sever)
+    owned_connections[id(connection)] = owned
+    return owned

@@ -1,8 +1,8 @@
-"""How a forked child takes over: once in each child, before anything else is done with a pool, all
-inherited connections are disowned and all pools start from zero.
+"""How a forked child takes over: once in each child, before anything else is done with a pool, it disowns all
+inherited connections, and all its pools start from zero.
 
-Runs in the at-fork hook where there is one, and else at the first door that notices the fork. So it
-must not block, log, raise or send anything; what it found is told at the first use of each pool.
+Runs in the at-fork hook if there is one, and otherwise at the first door that notices the fork. So it must
+not block, log, raise or send anything. The events of it wait for the first use of each pool.
 """
 
 from __future__ import annotations
@@ -10,38 +10,69 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol
 
-from pidpool._sqlalchemy.checkout import PidFairy, PidRecord
-from pidpool.forks import at_exit as ending
-from pidpool.forks import detection as fork
-from pidpool.forks import ownership
-from pidpool.forks import stand_in as inherited
-from pidpool.forks.ownership import ConnectionTag, Holding
-from pidpool.forks.stand_in import DisownedConnection, Inheritance
-from pidpool.stats import rows
-
-if TYPE_CHECKING:
-    from pidpool.events.user_code import Place
-    from pidpool.forks.detection import Trigger
-    from pidpool.pool import PidPool
-
-forkable: weakref.WeakSet[PidPool] = weakref.WeakSet()
-"""Every pool of this process that is alive."""
+from pidpool.forks import at_exit, detection, severing
+from pidpool.forks.ownership import Checkout, Entry, OwnedConnection, owned_connections
+from pidpool.forks.stand_in import DisownedConnection, Inheritance, ReplacingPool, transaction_state
+from pidpool.tag import ConnectionTag
+from pidpool.terms import SocketAction, StateAtFork, Trigger
 
 
-class Fork:
-    """A fork as the parent's pool remembers it until it may tell of it: how many connections it had."""
+class ForkablePool(ReplacingPool, Protocol):
+    """A pool, as far as a fork concerns it. All of it may be called inside an at-fork hook but the last."""
 
-    def __init__(self, at: float) -> None:
-        self.at = at
+    @property
+    def lineage(self) -> object:
+        """The same object for a pool and for the successors that ``recreate()`` made of it."""
+
+    def note_fork(self, at: float, connections: OpenConnections) -> None:
+        """Note in the parent that a child was forked with so many connections of the lineage open."""
+
+    def start_from_zero(self, takeover: Takeover) -> None:
+        """Replace in the child everything that another thread may have held at the fork."""
+
+    def log_waiting_events(self) -> None: ...
+
+
+_pools: weakref.WeakSet[ForkablePool] = weakref.WeakSet()
+
+
+def add_pool(pool: ForkablePool) -> None:
+    """Have a pool taken over in every child that is forked from now on, as long as it lives."""
+    _pools.add(pool)
+
+
+def pools() -> list[Any]:
+    """Return every pool of this process that is alive."""
+    return list(_pools)
+
+
+class OpenConnections:
+    """How many connections were open at a fork."""
+
+    def __init__(self) -> None:
         self.idle = 0
         self.checked_out = 0
         self.in_transaction = 0
 
+    def add(self, state: StateAtFork) -> None:
+        """Count one connection."""
+        self.idle += state == "idle"
+        self.checked_out += state != "idle"
+        self.in_transaction += state == "in transaction"
 
-class Adoption:
+
+class InheritedConnection(NamedTuple):
+    """One connection that a child inherited."""
+
+    tag: ConnectionTag
+    state: StateAtFork
+    action: SocketAction
+    checked_out_at: str | None
+
+
+class Takeover:
     """What a child found when it took a pool over."""
 
     def __init__(self, parent_pid: int, trigger: Trigger, connects_in_flight: int) -> None:
@@ -49,143 +80,100 @@ class Adoption:
         self.parent_pid = parent_pid
         self.trigger = trigger
         self.connects_in_flight = connects_in_flight
-        self.connections: list[tuple[ConnectionTag, str, str, Place | None]] = []
-        """The tag, the state at the fork, what became of the descriptor and who had checked it out,
-        for each connection."""
-
-    def count(self, state: str) -> int:
-        """Return how many connections were inherited in this state."""
-        return sum(each == state for _, each, _, _ in self.connections)
+        self.connections: list[InheritedConnection] = []
 
 
 class _Open(NamedTuple):
     """One connection that is open at a fork, and all that refers to it."""
 
-    holding: Holding
+    owned: OwnedConnection
     connection: Any
-    record: PidRecord | None
-    fairy: PidFairy | None
-    pool: PidPool | None
+    entry: Entry | None
+    checkout: Checkout | None
+    pool: ForkablePool | None
 
     @property
-    def state(self) -> str:
-        if self.record is not None and self.record.fairy_ref is None:
-            return inherited.IDLE
-        return inherited.transaction_state(self.connection)
-
-    @property
-    def place(self) -> Place | None:
-        checkout = None if self.record is None else self.record.checkout_told
-        return None if checkout is None else checkout.place
+    def state(self) -> StateAtFork:
+        if self.entry is not None and not self.entry.in_use:
+            return "idle"
+        return transaction_state(self.connection)
 
 
 def _open_connections() -> Iterator[_Open]:
-    for holding in list(ownership.register.values()):
-        connection = holding.connection()
+    for owned in list(owned_connections.values()):
+        connection = owned.connection()
         if connection is None or isinstance(connection, DisownedConnection):
             continue
-        record: PidRecord | None = None
-        fairy: PidFairy | None = None
-        if holding.detached is not None:
-            # Its record has gone back to the pool and may hold another one by now.
-            fairy = holding.detached()
+        entry: Entry | None = None
+        if owned.detached is not None:
+            # Its entry has gone back to the pool, and may hold another connection already.
+            checkout = owned.detached()
         else:
-            record = holding.record()
-            if record is not None and record.fairy_ref is not None:
-                fairy = cast("PidFairy | None", record.fairy_ref())
-        pool = record.pidpool if record is not None else fairy.pidpool if fairy is not None else None
-        yield _Open(holding, connection, record, fairy, pool)
+            entry = owned.entry()
+            checkout = None if entry is None else entry.current_checkout()
+        pool = entry.pidpool if entry is not None else checkout.pidpool if checkout is not None else None
+        yield _Open(owned, connection, entry, checkout, pool)
 
 
-def _note_fork(at: float) -> None:
-    for row in {pool._telemetry.row for pool in list(forkable)}:  # a pool's successors share it
-        row.add(rows.FORKS)
-    forks: dict[int, tuple[PidPool, Fork]] = {}
+def _note_fork_in_parent(at: float) -> None:
+    noted: dict[int, tuple[ForkablePool, OpenConnections]] = {}
+    for pool in pools():
+        noted.setdefault(id(pool.lineage), (pool, OpenConnections()))
+    for each in _open_connections():
+        if each.pool is not None:
+            _, connections = noted.setdefault(id(each.pool.lineage), (each.pool, OpenConnections()))
+            connections.add(each.state)
+    for pool, connections in noted.values():
+        pool.note_fork(at, connections)
+
+
+def _take_over(trigger: Trigger, connects_in_flight: int) -> None:
+    parent_pid = detection.process_pid()
+    takeovers = {id(pool): (pool, Takeover(parent_pid, trigger, connects_in_flight)) for pool in pools()}
     for each in _open_connections():
         if each.pool is None:
+            _disown(each)
             continue
-        _, noted = forks.setdefault(id(each.pool), (each.pool, Fork(at)))
         state = each.state
-        noted.idle += state == inherited.IDLE
-        noted.checked_out += state != inherited.IDLE
-        noted.in_transaction += state == inherited.IN_TRANSACTION
-    for pool, noted in forks.values():
-        pool._unreported.append(noted)
-    if forks and fork.flag[0] == fork.SETTLED:
-        fork.flag[0] = fork.UNREPORTED
+        _put_stand_in(each, each.pool, state)
+        action = _disown(each)
+        if id(each.pool) in takeovers:
+            place = None if each.entry is None else each.entry.checked_out_at
+            inherited = InheritedConnection(each.owned.tag, state, action, place)
+            takeovers[id(each.pool)][1].connections.append(inherited)
+    for pool, takeover in takeovers.values():
+        pool.start_from_zero(takeover)
+    owned_connections.clear()
 
 
-def _adopt(trigger: Trigger, connects_in_flight: int) -> None:
-    parent_pid = fork.current().pid
-    pools = {id(pool): pool for pool in list(forkable)}
-    adoptions = {key: Adoption(parent_pid, trigger, connects_in_flight) for key in pools}
-    for each in _open_connections():
-        holding, connection, pool = each.holding, each.connection, each.pool
-        if pool is None:
-            inherited.disown(holding, connection)
-            continue
-        state, place = each.state, each.place
-        _replace_by_stand_in(pool, holding, connection, state, each.record, each.fairy)
-        action = inherited.disown(holding, connection)
-        if id(pool) in adoptions:
-            adoptions[id(pool)].connections.append((holding.tag, state, action, place))
-    for key, pool in pools.items():
-        pool._start_from_zero(adoptions[key])
-    ownership.register.clear()
+def _put_stand_in(inherited: _Open, pool: ForkablePool, state: StateAtFork) -> None:
+    connection, entry, checkout = inherited.connection, inherited.entry, inherited.checkout
+    if checkout is not None and checkout.held_connection is not connection:
+        checkout = None
+    stand_in = DisownedConnection(Inheritance(pool, inherited.owned.tag, connection, state, checkout))
+    if checkout is not None:
+        checkout.held_connection = stand_in
+    if entry is not None and entry.dbapi_connection is connection:
+        entry.dbapi_connection = stand_in
 
 
-def _replace_by_stand_in(
-    pool: PidPool,
-    holding: Holding,
-    connection: Any,
-    state: str,
-    record: PidRecord | None,
-    fairy: PidFairy | None,
-) -> None:
-    if fairy is not None and fairy._held is not connection:
-        fairy = None
-    stand_in = DisownedConnection(Inheritance(pool, holding.tag, connection, state, fairy))
-    if fairy is not None:
-        fairy._held = stand_in
-    if record is not None and record.dbapi_connection is connection:
-        record.dbapi_connection = stand_in
+def _disown(inherited: _Open) -> SocketAction:
+    """Let go of an inherited connection without a byte to the server; say what became of its socket."""
+    severing.pin(inherited.connection)  # first: from here on its id stays its own
+    return "severed" if inherited.owned.sever_socket() else "kept"
 
 
-def renew_first_connect(dispatch: Any) -> None:
-    """Give a pool's first-connect events a mutex of this process's own, and their first run back.
-
-    Another thread may have been in the middle of them at the fork: it holds the mutex, and has
-    taken the engine's once-only initialisation of the dialect off its list. That thread does not
-    exist here, so it falls to this process's first connect to do it.
-    """
-    for name in ("connect", "first_connect"):
-        listeners = getattr(dispatch, name)
-        if getattr(listeners, "_exec_once_mutex", None) is not None:
-            listeners._exec_once_mutex = None
-        if getattr(listeners, "_exec_w_sync_once", True):
-            continue
-        for listener in chain(listeners.parent_listeners, listeners.listeners):
-            # sqlalchemy.util.only_once(): `once` is the list that the function `fn` is popped from.
-            names = getattr(getattr(listener, "__code__", None), "co_freevars", ())
-            if "once" not in names or "fn" not in names:
-                continue
-            once = listener.__closure__[names.index("once")].cell_contents
-            function = listener.__closure__[names.index("fn")].cell_contents
-            if once == [] and getattr(function, "__module__", "") == "sqlalchemy.engine.create":
-                once.append(function)
+def _log_waiting_events() -> None:
+    for pool in pools():
+        pool.log_waiting_events()
 
 
-def _report() -> None:
-    for pool in list(forkable):
-        pool._report()
+def _has_open_connections() -> bool:
+    return bool(owned_connections)
 
 
-def _are_connections_open() -> bool:
-    return bool(ownership.register)
-
-
-fork.in_parent(_note_fork)
-fork.is_urgent(_are_connections_open)
-fork.in_child(_adopt)
-fork.at_first_use(_report)
-ending.tell_at_the_end()
+detection.register_parent_callback(_note_fork_in_parent)
+detection.register_urgency_check(_has_open_connections)
+detection.register_child_callback(_take_over)
+detection.register_report_callback(_log_waiting_events)
+at_exit.log_at_exit()

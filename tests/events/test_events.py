@@ -23,9 +23,9 @@ from parent import Parent
 from sqlalchemy import Connection, Engine, create_engine, exc, text
 
 from pidpool import ForeignConnectionError, PidPool, tag_of
-from pidpool.events import emitter as telemetry
-from pidpool.events.emitter import Telemetry
-from pidpool.forks import detection as fork
+from pidpool.events import logger as event_logger
+from pidpool.events.pool_events import PoolEvents
+from pidpool.forks import detection
 from pidpool.stats.family import Family
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -58,7 +58,7 @@ def test_every_event_is_complete(tls_url: str, make_engine: MakeEngine, events: 
             engine.connect()
         third.invalidate()
         third.close()
-        checkout = other.connection._connection_record.checkout_told  # type: ignore[attr-defined]
+        checkout = other.connection._connection_record.watched  # type: ignore[attr-defined]
         checkout.since -= 61
         one.execute(text("insert into kept values ('parent')"))
 
@@ -92,14 +92,14 @@ def test_every_event_is_complete(tls_url: str, make_engine: MakeEngine, events: 
     assert {event["pid"] for event in told_by_child} == {event["pid"] for event in told} - {os.getpid()}
 
 
-def test_each_method_of_telemetry_is_an_event_of_the_table() -> None:
+def test_each_method_is_an_event_of_the_table() -> None:
     events = Events()
-    tell = Telemetry("a pool", events.logger, Family(5, 10))
+    tell = PoolEvents("a pool", events.logger, Family(5, 10))
     tag = _tag()
     for name, method in inspect.getmembers(tell, inspect.ismethod):
         parameters = inspect.signature(method).parameters.values()
         if name.partition("_")[0] in ("connection", "checkout", "pool"):
-            given = {"reason": "recycled"}
+            given = {"reason": "recycled", "state": "idle", "idle": 1}
             method(
                 *[
                     tag if "ConnectionTag" in str(each.annotation) else given.get(each.name, 0)
@@ -112,7 +112,7 @@ def test_each_method_of_telemetry_is_an_event_of_the_table() -> None:
 
 def test_a_fork_with_connects_in_flight_is_a_warning() -> None:
     events = Events()
-    Telemetry("a pool", events.logger, Family(5, 10)).pool_adopted(0.0, 1, "hook", 0, 0, 0, 1)
+    PoolEvents("a pool", events.logger, Family(5, 10)).pool_adopted(0.0, 1, "hook", 0, 0, 0, 1)
     assert events.the("pool.adopted")["level"] == "warning"
 
 
@@ -282,13 +282,13 @@ def test_a_fork_is_before_all_that_the_child_does_also_if_the_child_is_ahead(
         os.write(writer, b"told")
         return events.all
 
-    after_fork = fork.gate.after_fork_in_parent  # runs in the parent's hook, before it notes anything
+    after_fork = detection._gate.after_fork_in_parent  # runs in the parent's hook, before it notes anything
 
     def wait_for_the_child() -> None:
         assert os.read(reader, 4) == b"told"
         after_fork()
 
-    monkeypatch.setattr(fork.gate, "after_fork_in_parent", wait_for_the_child)
+    monkeypatch.setattr(detection._gate, "after_fork_in_parent", wait_for_the_child)
     told = run_in_child(child)
     parent.notices_nothing()
     engine.connect().close()
@@ -515,11 +515,11 @@ def test_a_checkout_knows_at_once_whether_debug_events_are_heard() -> None:
         "logger_factory": structlog.stdlib.LoggerFactory(),
         "wrapper_class": structlog.stdlib.BoundLogger,
     }
-    of_structlog = Telemetry(None, None, Family(5, 10))
-    given = Telemetry(None, structlog.get_logger("given"), Family(5, 10))
+    of_structlog = PoolEvents(None, None, Family(5, 10))
+    given = PoolEvents(None, structlog.get_logger("given"), Family(5, 10))
 
     def heard() -> tuple[bool, bool]:
-        return of_structlog.hears(), given.hears()
+        return of_structlog.is_enabled(), given.is_enabled()
 
     try:
         assert heard() == (False, True)  # who hands in structlog's own unconfigured logger gets its defaults
@@ -556,7 +556,7 @@ def test_a_checkout_knows_at_once_whether_debug_events_are_heard() -> None:
 
 
 def test_structlog_may_keep_its_configuration_elsewhere_one_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_configuration", telemetry._AskedConfiguration())
+    monkeypatch.setattr(event_logger, "_configuration", event_logger._AskedConfiguration())
     test_a_checkout_knows_at_once_whether_debug_events_are_heard()
 
 
@@ -655,7 +655,7 @@ def test_nobody_hears_of_a_failing_logger_where_logging_is_told_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
-    Telemetry("a pool", Broken(), Family(5, 10)).pool_disposed(0, 0)
+    PoolEvents("a pool", Broken(), Family(5, 10)).pool_disposed(0, 0)
     assert capsys.readouterr().err == ""
 
 

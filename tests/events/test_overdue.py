@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Engine, text
 
 from pidpool import tag_of
 from pidpool.events import overdue
-from pidpool.forks import detection as fork
+from pidpool.forks import detection
 
 SHORT = 0.05
 
@@ -84,11 +84,11 @@ def test_who_returns_it_tells_where_the_thread_has_not_come_round_to_it(
     tls_url: str, make_engine: MakeEngine, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when something holds the GIL for long."""
-    monkeypatch.setattr(overdue, "watch", lambda due_at: None)
+    monkeypatch.setattr(overdue, "watch", lambda due_at, watched: None)
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
     with structlog.contextvars.bound_contextvars(request_id="r-1"):
         connection = engine.connect()
-    connection.connection._connection_record.checkout_told.since -= 61  # type: ignore[attr-defined]
+    connection.connection._connection_record.watched.since -= 61  # type: ignore[attr-defined]
     connection.close()
     late = [event for event in events.all if event["event"].startswith("checkout.")]
     assert [event["event"] for event in late] == ["checkout.overdue", "checkout.returned_late"]
@@ -99,13 +99,13 @@ def test_of_two_that_would_tell_one_does(tls_url: str, make_engine: MakeEngine, 
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
     for _ in range(50):
         connection = engine.connect()
-        checkout = connection.connection._connection_record.checkout_told  # type: ignore[attr-defined]
+        checkout = connection.connection._connection_record.watched  # type: ignore[attr-defined]
         checkout.since -= 61
         barrier = threading.Barrier(2)
 
         def tell(checkout: Any = checkout, barrier: threading.Barrier = barrier) -> None:
             barrier.wait(10)
-            checkout.tell_overdue(time.perf_counter())
+            checkout.log_overdue(time.perf_counter())
 
         telling = threading.Thread(target=tell)
         telling.start()
@@ -145,7 +145,7 @@ def test_however_it_ends_it_is_watched_no_longer(
     _wait_for(events, "checkout.overdue")
     end(engine, connections)
     assert len(events.of("checkout.returned_late")) == late
-    assert not [record for record in engine.pool.records() if record.checkout_told]  # type: ignore[attr-defined]
+    assert not [record for record in engine.pool.entries() if record.watched]  # type: ignore[attr-defined]
 
 
 def test_a_shorter_hold_warning_wakes_the_thread(
@@ -242,7 +242,7 @@ def test_a_grandchild_has_a_thread_of_its_own(tls_url: str, make_engine: MakeEng
     def child() -> list[int]:
         own = overdue_once()
         faulthandler.cancel_dump_traceback_later()  # its thread would not be there in the grandchild
-        return [own, run_in_child(overdue_once), fork.current().pid]
+        return [own, run_in_child(overdue_once), detection.process_pid()]
 
     own, grandchilds, pid = run_in_child(child)
     assert own == pid != grandchilds

@@ -3,6 +3,7 @@ nothing of it is looked up without `hold_warning`."""
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import gc
 import sys
@@ -15,9 +16,11 @@ from engines import MakeEngine
 from sqlalchemy import Engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
+from waiting import until
 
 from pidpool import AsyncPidPool
-from pidpool.events import user_code as places
+from pidpool import pool as pool_module
+from pidpool.events import user_code
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 
@@ -28,7 +31,7 @@ def here(back: int = 0) -> str:
 
 
 def place_of(fairy: Any) -> str:
-    return str(fairy._connection_record.checkout_told.place)
+    return str(fairy._connection_record.watched.code_line)
 
 
 def _connect(engine: Engine) -> tuple[str, str]:
@@ -107,9 +110,9 @@ def test_nothing_is_looked_up_without_hold_warning(
     def caller() -> None:
         raise AssertionError("looked up")
 
-    monkeypatch.setattr(places, "caller", caller)
+    monkeypatch.setattr(pool_module, "calling_line", caller)
     fairy = make_engine(tls_url).raw_connection()
-    assert fairy._connection_record.checkout_told is None  # type: ignore[attr-defined]
+    assert fairy._connection_record.watched is None  # type: ignore[attr-defined]
     fairy.close()
 
 
@@ -128,11 +131,11 @@ def test_a_place_keeps_no_variable_alive(tls_url: str, make_engine: MakeEngine) 
     fairy.close()
 
 
-def test_there_may_be_no_place() -> None:
+def test_there_may_be_no_user_code() -> None:
     """As in a thread that C code or SQLAlchemy itself has started."""
     found: list[object] = []
-    exec(
-        compile("found.append(caller())", "<in sqlalchemy>", "exec"),
-        {"__name__": "sqlalchemy.somewhere", "found": found, "caller": lambda: places._outside(None)},
-    )
+    names = {"__name__": "sqlalchemy.somewhere", "found": found, "calling_line": user_code.calling_line}
+    code = compile("found.append(calling_line())", "<in sqlalchemy>", "exec")
+    _thread.start_new_thread(exec, (code, names))  # no frame of threading's or of this module's below it
+    until(lambda: found, "the thread has not run")
     assert found == [None]

@@ -23,7 +23,7 @@ from forking import How, run_in_child
 from pidpool import serve_stats
 from pidpool.export.endpoint import StatsServer, server
 from pidpool.export.endpoint.http1 import HEAD_LIMIT
-from pidpool.forks import detection as fork
+from pidpool.forks import detection
 
 SUPPORT = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support")
 
@@ -175,7 +175,7 @@ def still_listening(stats: StatsServer) -> list[str]:
 def test_a_child_lets_go_of_the_listener(served: StatsServer, how: How) -> None:
     def in_child() -> tuple[list[str], str]:
         if how == "c":
-            fork.settle()  # what any use of a pool does, where no hook runs
+            detection.settle()  # what any use of a pool does, where no hook runs
         served.close()  # does nothing here
         return still_listening(served), repr(served)
 

@@ -34,8 +34,8 @@ from sqlalchemy.exc import TimeoutError as CheckoutTimeoutError
 from sqlalchemy.orm import Session, declarative_base
 
 from pidpool import ConnectionTag, ForeignConnectionError, PidPool, tag_of
-from pidpool.forks import detection as fork
-from pidpool.forks.stand_in import is_disowned
+from pidpool.forks import detection
+from pidpool.forks.severing import is_disowned
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 pytestmark = pytest.mark.usefixtures("clean_log")
@@ -157,7 +157,7 @@ def test_a_severed_descriptor_is_a_dead_socket_that_no_program_inherits(engine: 
     parent = Parent(engine, "in transaction")
 
     def child() -> None:
-        fork.settle()
+        detection.settle()
         assert is_severed(parent.tag)
         assert not os.get_inheritable(parent.fd)
         with socket.socket(fileno=os.dup(parent.fd)) as copy:
@@ -392,7 +392,7 @@ def test_a_child_that_never_noticed_its_fork_can_fork(engine: Engine) -> None:
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with fork.gate._changed:
+        with detection._gate._changed:
             held.set()
             release.wait(30)
 
@@ -802,7 +802,7 @@ def test_a_cursor_of_the_driver_sends_nothing(
     def child() -> None:
         cursor = holder.pop()
         if name is None:
-            fork.settle()  # it has its rows: none of its methods is one of the pool's doors
+            detection.settle()  # it has its rows: none of its methods is one of the pool's doors
         if action == "close" and name is None:
             cursor.close()
         elif action == "close" or action == "use":

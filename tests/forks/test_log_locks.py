@@ -24,7 +24,7 @@ from forking import How, run_in_child
 from parent import Parent
 from sqlalchemy import text
 
-from pidpool.forks import log_locks as writers
+from pidpool.forks import log_locks
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 SOAK = os.environ.get("PIDPOOL_SOAK") == "1"
@@ -153,7 +153,7 @@ def test_a_child_can_log_though_a_line_was_being_written_for_long(
     make_logger: Callable[[Pipe], Any],
     how: How,
 ) -> None:
-    monkeypatch.setattr(writers, "WRITER_WAIT", 0.1)
+    monkeypatch.setattr(log_locks, "LOG_LINE_WAIT", 0.1)
     log = make_logger(pipe)
     parent = Parent(make_engine(tls_url, logger=log), "in transaction")
     other = logging.getLogger("application.other") if make_logger is _another_ones_handler else log
@@ -188,7 +188,7 @@ def test_a_child_can_log_to_a_queue_whose_lock_was_taken(
     monkeypatch: pytest.MonkeyPatch,
     how: How,
 ) -> None:
-    monkeypatch.setattr(writers, "WRITER_WAIT", 0.1)
+    monkeypatch.setattr(log_locks, "LOG_LINE_WAIT", 0.1)
     lines: queue.Queue[Any] = queue.Queue()
     log = logging.getLogger("application")
     handlers += [logging.handlers.QueueHandler(lines), logging.handlers.QueueHandler(lines)]
@@ -211,7 +211,7 @@ def test_a_fork_waits_for_a_line_that_is_being_written() -> None:
     forker = threading.get_ident()
 
     def finish_once_the_fork_waits() -> None:
-        _wait_until(lambda: forker in writers._held)
+        _wait_until(lambda: forker in log_locks._held)
         file.go_on.set()
 
     finishing = threading.Thread(target=finish_once_the_fork_waits)
@@ -219,7 +219,7 @@ def test_a_fork_waits_for_a_line_that_is_being_written() -> None:
     assert run_in_child(lambda: ("".join(file.lines), log._lock.locked())) == ("a line\n", False)
     finishing.join(10)
     writing.join(10)
-    assert not log._lock.locked() and not writers._held
+    assert not log._lock.locked() and not log_locks._held
 
 
 class SlowFile:
@@ -250,7 +250,7 @@ def test_a_fork_gets_by_who_configures_logging_meanwhile(handlers: list[logging.
     def configure() -> None:
         with module_lock:
             locked.set()
-            _wait_until(lambda: forker in writers._held)
+            _wait_until(lambda: forker in log_locks._held)
             assert handler.lock is not None and handler.lock.acquire(timeout=10)
             handler.lock.release()
 
@@ -279,7 +279,7 @@ def test_the_parent_has_its_locks_back_after_forks_in_two_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert not failed and not writers._held and not log._lock.locked()
+    assert not failed and not log_locks._held and not log._lock.locked()
     file.close()
 
 
@@ -306,7 +306,7 @@ def test_a_child_drops_what_the_parent_had_not_flushed_of_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else both would write it."""
-    monkeypatch.setattr(writers, "WRITER_WAIT", 0.1)
+    monkeypatch.setattr(log_locks, "LOG_LINE_WAIT", 0.1)
     file = (tmp_path / "log").open("wb")
     log = structlog.BytesLogger(file)
     file.write(b"the parent's\n")

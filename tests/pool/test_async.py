@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from pidpool import AsyncPidPool, ForeignConnectionError, tag_of
-from pidpool.forks import stand_in as inherited
+from pidpool.forks import stand_in
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 pytestmark = pytest.mark.usefixtures("clean_log")
@@ -181,8 +181,8 @@ def test_what_is_in_a_transaction_is_told_without_the_server(postgres: EmbeddedP
             engine.connect() as connection,
         ):
             raw = (await connection.get_raw_connection()).dbapi_connection
-            assert inherited.transaction_state(raw) == "no transaction"
+            assert stand_in.transaction_state(raw) == "no transaction"
             await server_pid(connection)
-            assert inherited.transaction_state(raw) == "in transaction"
+            assert stand_in.transaction_state(raw) == "in transaction"
 
     asyncio.run(tell())

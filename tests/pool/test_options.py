@@ -104,9 +104,9 @@ def read(pool: PidPool) -> tuple[Any, ...]:
         pool.on_foreign,
         pool.inherited_sockets,
         pool.hold_warning,
-        pool._telemetry.pool,
-        id(pool._telemetry.logger),
-        pool._telemetry.logger is not None,
+        pool.pool_events.pool,
+        id(pool.pool_events._logger._logger),
+        pool.pool_events._logger._logger is not None,
     )
 
 

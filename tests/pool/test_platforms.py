@@ -30,9 +30,9 @@ logging.getLogger("pidpool").setLevel(logging.ERROR)
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 from pidpool import ForeignConnectionError, PidPool, tag_of
-from pidpool.forks import detection as fork
+from pidpool.forks import detection, gate
 
-assert isinstance(fork.flag, fork._PidFlag) == ("madvise" in missing or "flags" in missing)
+assert isinstance(detection.fork_state, detection._StateByPid) == ("madvise" in missing or "flags" in missing)
 engine = create_engine(url, poolclass=PidPool)
 engine.connect().close()
 with engine.connect() as connection:

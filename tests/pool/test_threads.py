@@ -21,7 +21,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import TimeoutError as CheckoutTimeoutError
 
 from pidpool import PidPool, tag_of
-from pidpool.forks import detection as fork
+from pidpool.forks import detection, gate
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 pytestmark = pytest.mark.usefixtures("clean_log")
@@ -145,7 +145,7 @@ def test_a_fork_waits_for_the_first_connect_of_another_thread(
     def let_go(number: int) -> None:
         # Once the fork waits, which shows in the gate.
         deadline = time.monotonic() + BOUND
-        while not fork.gate._forking:
+        while not detection._gate._forking:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         creator.go_on.set()
@@ -164,8 +164,8 @@ def adoption_heard(engine: Engine) -> dict[str, Any]:
     log = Log()
     pool = engine.pool
     assert isinstance(pool, PidPool)
-    pool._telemetry.logger = log
-    pool._telemetry._look_who_listens()
+    pool.pool_events._logger._logger = log
+    pool.pool_events._logger._look_up()
     use_and_leave(engine)
     (adopted,) = [fields for event, fields in log.heard if event == "pool.adopted"]
     return adopted
@@ -188,7 +188,7 @@ def test_a_fork_waits_no_longer_than_its_bound_and_says_so(
     postgres: EmbeddedPostgres, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, how: How
 ) -> None:
     """The connect in flight is the first one: the child's own must not wait for its mutex."""
-    monkeypatch.setattr(fork, "CONNECT_WAIT", 0.3)
+    monkeypatch.setattr(gate, "CONNECT_WAIT", 0.3)
     creator = SlowCreator(postgres)
     engine = make_engine("postgresql+psycopg2://", creator=creator)
     with threads(1, lambda number: use(engine) and None):
@@ -209,7 +209,7 @@ def test_a_first_connect_in_flight_leaves_no_mutex_behind(
     postgres: EmbeddedPostgres, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, how: How
 ) -> None:
     """Held in the middle of SQLAlchemy's once-only initialisation, with the mutex taken."""
-    monkeypatch.setattr(fork, "CONNECT_WAIT", 0.2)
+    monkeypatch.setattr(gate, "CONNECT_WAIT", 0.2)
     engine = make_engine(postgres.url(tls=True))
     inside, go_on = threading.Event(), threading.Event()
     owner = os.getpid()
@@ -254,7 +254,7 @@ def test_a_thread_that_forks_in_its_own_creator_does_not_wait_for_itself(
     begun = time.monotonic()
     use(engine)
     assert codes == [0]
-    assert time.monotonic() - begun < fork.CONNECT_WAIT
+    assert time.monotonic() - begun < gate.CONNECT_WAIT
 
 
 def test_connecting_threads_that_fork_do_not_wait_for_each_other(
@@ -275,7 +275,7 @@ def test_connecting_threads_that_fork_do_not_wait_for_each_other(
     begun = time.monotonic()
     with threads(4, lambda number: use(engine) and None):
         pass
-    assert time.monotonic() - begun < fork.CONNECT_WAIT
+    assert time.monotonic() - begun < gate.CONNECT_WAIT
 
 
 def test_a_connect_waits_until_a_fork_is_over(tls_url: str, make_engine: MakeEngine) -> None:
@@ -287,13 +287,13 @@ def test_a_connect_waits_until_a_fork_is_over(tls_url: str, make_engine: MakeEng
         use(engine)
         connected.set()
 
-    fork.gate.before_fork()  # as os.fork() does in this thread
+    detection._gate.before_fork()  # as os.fork() does in this thread
     with threads(1, connect):
         try:
             assert waiting.wait(BOUND)
             assert not connected.wait(0.3)
         finally:
-            fork.gate.after_fork_in_parent()
+            detection._gate.after_fork_in_parent()
     assert connected.is_set()
 
 
@@ -407,7 +407,7 @@ def test_the_pools_limits_are_exact_with_64_threads(tls_url: str, make_engine: M
 @both_hows
 def test_a_child_forked_inside_a_creator_leaves_the_parents_gate_alone(tls_url: str, how: How) -> None:
     """Another thread held the gate's lock at the fork: it stays locked in the child."""
-    gate = fork.gate
+    gate = detection._gate
     held, let_go = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -415,16 +415,17 @@ def test_a_child_forked_inside_a_creator_leaves_the_parents_gate_alone(tls_url: 
             held.set()
             assert let_go.wait(BOUND)
 
-    gate.enter_connect()
+    connecting = detection.connecting()
+    connecting.__enter__()
     try:
         holder = threading.Thread(target=hold)
         holder.start()
         assert held.wait(BOUND)
         if how == "python":  # whose hook waits for the lock, for a bounded time and then without it
             let_go.set()
-        run_in_child(gate.leave_connect, how=how, life=10)
+        run_in_child(connecting.__exit__, None, None, None, how=how, life=10)
         let_go.set()
         holder.join(BOUND)
     finally:
-        gate.leave_connect()
+        connecting.__exit__(None, None, None)
     assert not gate._connecting

@@ -25,7 +25,7 @@ from event_logs import AT, adopted, checkin, checkout, event, inherited, opened,
 from forking import run_in_child
 
 from pidpool.cli.logs import command
-from pidpool.events.emitter import Telemetry
+from pidpool.events.pool_events import PoolEvents
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 from pidpool.tools.logs import clean, processes, reading, summary, units
 from pidpool.tools.logs.document import document
@@ -213,7 +213,7 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
 def test_what_the_pool_tells_and_what_is_understood_are_the_same() -> None:
     told = {
         name.replace("_", ".", 1): method
-        for name, method in inspect.getmembers(Telemetry, inspect.isfunction)
+        for name, method in inspect.getmembers(PoolEvents, inspect.isfunction)
         if name.partition("_")[0] in ("connection", "checkout", "pool")
     }
     assert told.keys() == Summary()._takes.keys()

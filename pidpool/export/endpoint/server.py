@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from pidpool.export.endpoint import http1
 from pidpool.export.endpoint.app import StatsApp
-from pidpool.forks import detection as fork
+from pidpool.forks import detection
+from pidpool.terms import Trigger
 
 if TYPE_CHECKING:
     from pidpool.export.sources import Source
@@ -258,10 +259,10 @@ def _in_url(host: str) -> str:
 _servers: list[StatsServer] = []
 
 
-def _let_go_in_child(trigger: fork.Trigger, connects_in_flight: int) -> None:
+def _let_go_in_child(trigger: Trigger, connects_in_flight: int) -> None:
     while _servers:
         _servers.pop()._let_go()
 
 
-fork.in_child(_let_go_in_child)
-fork.is_urgent(lambda: bool(_servers))
+detection.register_child_callback(_let_go_in_child)
+detection.register_urgency_check(lambda: bool(_servers))

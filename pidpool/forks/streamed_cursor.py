@@ -1,8 +1,8 @@
-"""`StreamCursor`: a named cursor, which goes to the server for every batch of rows, made to ask first
+"""`StreamedCursor`: a named cursor, which asks the server for every batch of rows, and so has to check first
 whether this is still the process that opened it.
 
-A child forked in C can go on with an inherited streamed result without passing any door of the pool:
-its fetch would be the first thing it does, on its parent's socket
+A child forked in C can go on with an inherited streamed result without passing any door of the pool: its
+fetch would be the first thing it does, on its parent's socket
 (tests/forks/test_inherited.py::test_a_streamed_result_stays_the_parents). A cursor without a name has its
 rows already, and SQLAlchemy makes a new one for each statement.
 """
@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pidpool.forks import detection as fork
-from pidpool.forks.detection import WIPED, flag
+from pidpool.forks import detection
+from pidpool.forks.detection import FORKED, fork_state
 
 
-class StreamCursor:
-    """Passes everything on to the driver's cursor. In a child that finds a dead socket."""
+class StreamedCursor:
+    """Passes all uses on to the driver's cursor. In a child they find a dead socket."""
 
     __slots__ = ("_cursor",)
     _cursor: Any
@@ -30,21 +30,21 @@ class StreamCursor:
         return type(self._cursor)
 
     def __getattr__(self, name: str) -> Any:
-        if flag[0] == WIPED:
-            fork.notice()
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
         return getattr(self._cursor, name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if flag[0] == WIPED:
-            fork.notice()
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
         setattr(self._cursor, name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        if flag[0] == WIPED:
-            fork.notice()
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
         return iter(self._cursor)
 
-    def __enter__(self) -> StreamCursor:
+    def __enter__(self) -> StreamedCursor:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,0 +1,246 @@
+"""`CheckedOutConnection`: SQLAlchemy's checked-out connection, made to ask at every use whether this is still
+the process that opened it. Read beside `_ConnectionFairy` in sqlalchemy/pool/base.py.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+from sqlalchemy.pool import Pool
+from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, _finalize_fairy
+
+from pidpool._sqlalchemy import contract, copies
+from pidpool._sqlalchemy.entry import PidPoolEntry
+from pidpool.events.pool_events import held_back
+from pidpool.forks import detection
+from pidpool.forks.detection import FORKED, fork_state
+from pidpool.forks.ownership import OwnedConnection
+from pidpool.forks.stand_in import DisownedConnection
+from pidpool.forks.streamed_cursor import StreamedCursor
+from pidpool.tag import ConnectionTag
+
+_slots: Any = vars(_ConnectionFairy)
+
+
+class _NoFinalizer:
+    """Stands where SQLAlchemy expects a `weakref.finalize`: `CheckedOutConnection.__del__` does its work."""
+
+    def detach(self) -> None: ...
+
+
+class CheckedOutConnection(_ConnectionFairy):
+    """One checkout of a connection: what ``engine.raw_connection()`` returns.
+
+    Belongs to one thread at a time, as SQLAlchemy's. In a forked child it holds a `DisownedConnection`
+    until the first use opens a connection of the child's own.
+    """
+
+    __slots__ = ()
+
+    _finalizer = _NoFinalizer()  # type: ignore[assignment, unused-ignore]
+
+    # SQLAlchemy's own slots, under names by which they are read without a look at the process.
+    held_connection: Any = _slots["dbapi_connection"]
+    """The driver's connection, or the stand-in for it."""
+    entry: Any = _slots["_connection_record"]
+    """The pool's entry; None once it was closed or detached."""
+
+    # Few checkouts have one: in the class, and if there is one in the instance's __dict__.
+    _detached_from: OwnedConnection | None = None
+    reset_error: BaseException | None = None
+    """What the rollback at checkin raised, kept for SQLAlchemy's own checkin to deal with."""
+
+    if copies.USED:
+        __init__ = copies.init_checkout
+    else:
+
+        def __init__(self, pool: Pool, dbapi_connection: Any, record: Any, echo: Any) -> None:
+            # SQLAlchemy's finalizer would go for the connection without asking whose it is.
+            super().__init__(pool, dbapi_connection, record, echo)
+            self._finalizer.detach()
+            record.fairy_ref = weakref.ref(self)
+
+    def __del__(self) -> None:
+        """Return the connection of a checkout that was dropped; never logs, never raises."""
+        entry = self.entry
+        if entry is None:
+            return  # it was closed or detached
+        if fork_state[0] == FORKED:
+            detection.notice_fork()  # first: what this process inherited is not its to return
+        # A checkout that failed has returned its entry, and lives as long as the traceback: the entry may
+        # already be another checkout's.
+        reference = entry.fairy_ref
+        if reference is None or reference() not in (self, None):
+            return
+        entry.fairy_ref = _GONE  # SQLAlchemy asks whether it is
+        with held_back():
+            if entry.is_inherited:
+                entry.checkin()
+            else:
+                _finalize(entry, self._pool, self._echo)
+
+    # -- what it holds
+
+    @property
+    def dbapi_connection(self) -> Any:
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        return self.held_connection
+
+    @dbapi_connection.setter
+    def dbapi_connection(self, value: Any) -> None:
+        self.held_connection = value
+
+    @property
+    def driver_connection(self) -> Any:  # type: ignore[override]  # as SQLAlchemy's own classes
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        return super().driver_connection
+
+    @property
+    def pidpool(self) -> Any:
+        """The pool."""
+        return self._pool
+
+    @property
+    def pidpool_tag(self) -> ConnectionTag | None:
+        if self.dbapi_connection is None:
+            return None
+        if self.entry is not None:
+            return cast("ConnectionTag | None", self.entry.pidpool_tag)
+        return None if self._detached_from is None else self._detached_from.tag
+
+    def is_disowned(self) -> bool:
+        """Return whether it holds the stand-in for an inherited connection."""
+        return isinstance(self.dbapi_connection, DisownedConnection)
+
+    # -- its uses. Not by __getattr__, which costs more.
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        cursor = self.dbapi_connection.cursor(*args, **kwargs)
+        # Named, as psycopg2 and psycopg have it.
+        return StreamedCursor(cursor) if (args and args[0]) or kwargs.get("name") else cursor
+
+    def commit(self) -> None:
+        self.dbapi_connection.commit()
+
+    def rollback(self) -> None:
+        self.dbapi_connection.rollback()
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        if self.is_disowned():
+            self.let_go()
+        else:
+            super().invalidate(e, soft)
+
+    def detach(self) -> None:
+        connection = self.dbapi_connection
+        if isinstance(connection, DisownedConnection):
+            if not connection.pidpool_inheritance.may_be_replaced():
+                # It already is outside of this process's pool; its use goes on raising.
+                if self.entry is not None:
+                    self._detached_from = self.entry.owned_now
+                    self.entry.checkin()
+                    self.entry = None
+                return
+            connection.pidpool_inheritance.replacement()
+        entry = cast("PidPoolEntry | None", self.entry)
+        if entry is not None:
+            owned = entry.owned_now
+            self._detached_from = owned
+            if owned is not None:
+                owned.detached = weakref.ref(self)
+            entry.own_none()
+            entry.watched = None  # a detached connection is no longer a checkout of the pool's
+        super().detach()
+
+    # -- its end
+
+    if copies.USED:
+        _checkin = copies.check_in
+    else:
+
+        def _checkin(self, transaction_was_reset: bool = False) -> None:
+            if fork_state[0] == FORKED:
+                detection.notice_fork()
+            if isinstance(self.held_connection, DisownedConnection):
+                self.let_go()
+            else:
+                super()._checkin(transaction_was_reset)
+
+    def _reset(self, *args: Any, **kwargs: Any) -> None:
+        error, self.reset_error = self.reset_error, None
+        if error is not None:
+            raise error  # what follows is SQLAlchemy's to do
+        super()._reset(*args, **kwargs)
+
+    def let_go(self) -> None:
+        """End the checkout of a connection that is not this process's, without touching it."""
+        if self.entry is not None:
+            self.entry.checkin()
+        self.held_connection = self.entry = None
+
+    def go_on_with(self, other: CheckedOutConnection) -> Any:
+        """Take over the connection of a checkout just made, in the place of an inherited one."""
+        inherited, entry = self.entry, other.entry
+        connection = other.held_connection
+        self.__dict__.pop("info", None)  # memoized from the inherited entry
+        if entry is None:
+            self._detached_from = other._detached_from
+            if self._detached_from is not None:
+                self._detached_from.detached = weakref.ref(self)
+        else:
+            if inherited is not None:
+                # What SQLAlchemy wants undone at checkin, such as an isolation level.
+                entry.undo_at_checkin_too(inherited)
+                inherited.checkin()
+            entry.mark_checked_out(self)
+        self.entry = entry
+        self.held_connection = connection
+        # Emptied, so that its end does not return the connection.
+        other.entry = other.held_connection = None
+        return connection
+
+
+def _ended() -> weakref.ref[Any]:
+    class Something: ...
+
+    something = Something()
+    reference = weakref.ref(something)
+    hash(reference)  # while it can be; SQLAlchemy 2.0 looks it up in a dict
+    return reference
+
+
+_GONE = _ended()
+"""A weak reference to an object that has gone."""
+
+
+def _finalize(entry: PidPoolEntry, pool: Pool, echo: Any) -> None:
+    """Have SQLAlchemy reset and return the connection of a checkout that was dropped."""
+    finalize: Any = _finalize_fairy
+    if contract.FINALIZER_TAKES_REFERENCE:
+        finalize(None, entry, pool, entry.fairy_ref, echo, transaction_was_reset=False)
+    else:
+        finalize(None, entry, pool, echo, transaction_was_reset=False, is_gc_cleanup=True)
+
+
+def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
+    """Check a connection out by SQLAlchemy's own code, and take the checkout over."""
+    theirs: Any = _ConnectionRecord.checkout(pool)  # names their own class
+    # Theirs is dropped without an effect afterwards. 2.0's finalizer finds another reference in its entry,
+    # and does nothing.
+    if not contract.FINALIZER_TAKES_REFERENCE:
+        theirs._finalizer.detach()
+    entry = theirs._connection_record
+    # The entry's connection and not theirs: in a child forked in the lines above it is the stand-in.
+    ours = CheckedOutConnection(pool, entry.dbapi_connection, entry, theirs._echo)
+    return cast(CheckedOutConnection, _ConnectionFairy._checkout(pool, None, ours))
+
+
+check_out: Callable[[Any], CheckedOutConnection] = _check_out_by_sqlalchemy
+"""``check_out(pool)`` returns a new `CheckedOutConnection`, after pre-ping and checkout events. It may wait
+for `pool_timeout` seconds."""
+if copies.USED:
+    check_out = copies.make_check_out(CheckedOutConnection, _check_out_by_sqlalchemy)

@@ -1,0 +1,183 @@
+"""`PidPoolEntry`: SQLAlchemy's pool entry, made to know which connection it holds and whose that is. Read
+beside `_ConnectionRecord` in sqlalchemy/pool/base.py.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any, Protocol, cast
+
+from sqlalchemy.pool.base import _ConnectionRecord
+
+from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
+from pidpool.events.pool_events import PoolEvents
+from pidpool.events.watched_checkout import WatchedCheckout
+from pidpool.forks import detection
+from pidpool.forks.detection import FORKED, fork_state
+from pidpool.forks.ownership import Checkout, OwnedConnection
+from pidpool.stats.process_counters import SCRATCH, ProcessCounters, write_connection
+from pidpool.tag import ConnectionTag
+from pidpool.terms import CloseReason
+
+
+class PoolOfEntries(Protocol):
+    """The pool of an entry, as far as the entry needs it."""
+
+    pool_events: PoolEvents
+
+
+class PidPoolEntry(_ConnectionRecord):
+    """One entry of a pool: SQLAlchemy's `ConnectionPoolEntry`.
+
+    In a child `is_inherited` is set for every entry of the parent's. Such an entry is not counted there and
+    never goes back into the pool.
+    """
+
+    __slots__ = (
+        "owned",
+        "is_inherited",
+        "close_reason",
+        "watched",
+        "out_since",
+        "pool_events",
+        "counters",
+        "slot_number",
+        "slot",
+    )
+
+    owned: OwnedConnection | None
+    """The connection that it held last; `owned_now` if it still holds it."""
+    is_inherited: bool
+    close_reason: CloseReason
+    """Why its connection is closed, if it is closed next."""
+    watched: WatchedCheckout | None
+    out_since: int
+    """`time.perf_counter_ns()` of the checkout; 0 while it is idle."""
+    counters: ProcessCounters
+    """The counters of the process that made the entry."""
+    slot_number: int
+    slot: memoryview
+    """Its part of those counters: its checkouts are counted there."""
+
+    def __init__(self, pool: PoolOfEntries, connect: bool = True) -> None:
+        self.owned = None
+        self.is_inherited = False
+        self.close_reason = "recycled"
+        self.watched = None
+        self.out_since = 0
+        self.pool_events = pool.pool_events
+        self.counters = counters = pool.pool_events.counters
+        self.slot_number, self.slot = counters.assign_slot(self)
+        super().__init__(cast(Any, pool), connect)
+
+    def __del__(self) -> None:
+        self.counters.release_slot(self)
+
+    # -- which connection it holds
+
+    def mark_inherited(self) -> None:
+        """Note, in a child, that this entry is the parent's, and so is the memory where it counts."""
+        self.is_inherited = True
+        self.slot = SCRATCH
+        self.slot_number = self.out_since = 0
+        self.watched = None
+
+    def own(self, owned: OwnedConnection) -> None:
+        """Note which connection the entry holds from now on."""
+        self.owned = owned
+        write_connection(self.slot, owned.tag)
+
+    def own_none(self) -> None:
+        """Note that the entry holds no connection any more."""
+        write_connection(self.slot, None)
+
+    @property
+    def owned_now(self) -> OwnedConnection | None:
+        """The connection that it holds at present; None while it holds none."""
+        return None if self.dbapi_connection is None else self.owned
+
+    @property
+    def pidpool_tag(self) -> ConnectionTag | None:
+        owned = self.owned_now
+        return None if owned is None else owned.tag
+
+    @property
+    def pidpool(self) -> Any:
+        """The pool."""
+        return self._ConnectionRecord__pool  # type: ignore[attr-defined]
+
+    @property
+    def checked_out_at(self) -> str | None:
+        """The line of the user's code that checked it out, known with `hold_warning` only."""
+        return None if self.watched is None else self.watched.where
+
+    def current_checkout(self) -> Checkout | None:
+        """Return the checkout that holds it, or None if it is idle or the checkout was dropped."""
+        reference = self.fairy_ref
+        checkout: Any = None if reference is None else reference()
+        # SQLAlchemy's own class, for a moment, if its own code makes the checkout.
+        is_ours = hasattr(type(checkout), "held_connection")
+        return cast(Checkout, checkout) if is_ours else None
+
+    def mark_checked_out(self, checkout: Any) -> None:
+        """Note which checkout holds it."""
+        self.fairy_ref = weakref.ref(checkout)
+
+    def undo_at_checkin_too(self, other: PidPoolEntry) -> None:
+        """Take over what SQLAlchemy wants undone when the other's connection comes back."""
+        self.finalize_callback.extend(other.finalize_callback)
+
+    # -- SQLAlchemy's own, with a look first whether this is the process that it thinks
+
+    @property
+    def driver_connection(self) -> Any:  # type: ignore[override]  # as SQLAlchemy's own classes
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        return super().driver_connection
+
+    def _ConnectionRecord__connect(self) -> None:
+        # Every connect and reconnect of an entry passes here, its first-connect events included. A fork has
+        # to wait for all of it: a dialect half initialised by another thread would stay so in the child.
+        self.close_reason = "failed"
+        try:
+            with detection.connecting():
+                started = time.perf_counter()
+                super()._ConnectionRecord__connect()  # type: ignore[misc]
+        finally:
+            self.close_reason = "recycled"
+        if self.owned is not None:
+            self.pool_events.connection_opened(self.owned.tag, time.perf_counter() - started)
+
+    def close(self) -> None:
+        if self._let_go_if_inherited():
+            return
+        super().close()
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        if self._let_go_if_inherited():
+            return
+        tag = self.pidpool_tag
+        if tag is not None:
+            self.pool_events.connection_invalidated(tag, soft, e)
+        if not soft:
+            self.close_reason = "invalidated"
+        try:
+            super().invalidate(e, soft)
+        finally:
+            self.close_reason = "recycled"
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        if self._let_go_if_inherited():
+            self.fairy_ref = None
+            return
+        super().checkin(_fairy_was_created)
+
+    def _let_go_if_inherited(self) -> bool:
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        if not self.is_inherited:
+            return False
+        self.finalize_callback.clear()
+        self.dbapi_connection = None
+        return True

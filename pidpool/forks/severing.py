@@ -1,0 +1,88 @@
+"""Lets go of an inherited connection: a dead socket goes over its descriptor, and the driver's object is kept
+alive for ever.
+
+All of this may run inside an at-fork hook: it takes no lock, logs nothing and sends nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import stat
+from typing import Any
+
+_disowned: set[int] = set()
+
+
+def is_disowned(connection: Any) -> bool:
+    """Return whether this driver connection was inherited and disowned in this process."""
+    return id(connection) in _disowned
+
+
+def pin(connection: Any) -> None:
+    """Keep an inherited connection alive for ever, so that no destructor of it ever runs in this process.
+
+    Some destructors send a goodbye to the server, and psycopg2's takes a mutex that another thread may
+    have held at the fork. Idempotent.
+    """
+    # The reference first: from then on the id stays this connection's own.
+    if id(connection) not in _disowned:
+        _Py_IncRef(connection)
+        _disowned.add(id(connection))
+
+
+# A reference that is never given back; a module's global would be cleared at interpreter exit. Looked up
+# ahead: it costs a child a third of taking a pool over.
+_Py_IncRef = ctypes.pythonapi.Py_IncRef
+_Py_IncRef.argtypes = (ctypes.py_object,)
+_Py_IncRef.restype = None
+
+
+def sever(fd: int) -> None:
+    """Put a dead socket over this process's descriptor of a shared one.
+
+    Drops this process's reference and no more: nothing is sent, nothing is shut down, O_NONBLOCK and
+    epoll registrations of the shared socket stay as they are. A later write to the descriptor gets EPIPE,
+    a later read the end of the stream.
+    """
+    os.dup2(_dead_socket.fileno(), fd, inheritable=False)
+
+
+def prepare_to_sever() -> None:
+    """Open the one descriptor that severing needs, in the process that opens connections."""
+    _dead_socket.fileno()
+
+
+def socket_identity(fd: int) -> tuple[int, int] | None:
+    """Return the device and inode of a socket; None if the descriptor is closed or no socket."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+
+
+class _DeadSocket:
+    """One end of a socketpair whose other end is closed."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._identity: tuple[int, int] | None = None
+
+    def fileno(self) -> int:
+        """Return its descriptor; makes the socket if it is not there (any more).
+
+        Made ahead, when a connection is tagged, so that a child at its limit of open files can sever all
+        the same. Checked each time: a daemon may have closed all its descriptors, and the number may
+        belong to another file by then.
+        """
+        if self._identity is None or self._identity != socket_identity(self._fd):
+            ours, other_end = socket.socketpair()
+            other_end.close()
+            self._fd = ours.detach()
+            self._identity = socket_identity(self._fd)
+        return self._fd
+
+
+_dead_socket = _DeadSocket()
