@@ -43,10 +43,11 @@ soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an ho
 sqlalchemy-suite: $(VENV)/.dev ## run SQLAlchemy's own pool tests on pidpool
 	$(bounded) $(bin)/python tests/_sqlalchemy/suite.py
 
-lint: $(VENV)/.dev ## check style and types
+lint: $(VENV)/.dev ## check style, types and which room imports which
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
+	$(bin)/lint-imports
 
 format: $(VENV)/.dev ## put the code into the project's format
 	$(bin)/ruff check --fix
