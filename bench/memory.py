@@ -52,7 +52,7 @@ def answer(scale: Scale) -> Answer:
         for name, (idle, checked_out) in measured.items()
     ]
     family = PidPool(fake_driver.Connection)._telemetry.family
-    row = family._row_words * 8
+    row = family.block_cells * 8
     rows.append(Row("the family's memory, per process", f"{row:,} bytes for a pool of 5 + 10"))
     bars = {
         label: value

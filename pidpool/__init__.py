@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from pidpool.aio import AsyncPidPool
 from pidpool.errors import ForeignConnectionError
-from pidpool.forks.ownership import ConnectionTag, tag_of
+from pidpool.forks.ownership import tag_of
 from pidpool.pool import PidPool
+from pidpool.tag import ConnectionTag
 
 if TYPE_CHECKING:
     from pidpool.export.endpoint import StatsApp, serve_stats

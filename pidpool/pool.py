@@ -34,7 +34,7 @@ from pidpool.forks import stand_in as inherited
 from pidpool.forks.detection import SETTLED, WIPED, flag
 from pidpool.forks.stand_in import DisownedConnection
 from pidpool.forks.takeover import Adoption, Fork, forkable, renew_first_connect
-from pidpool.stats import rows
+from pidpool.stats import process_counters as cells
 from pidpool.stats.family import Family
 from pidpool.stats.snapshots import FamilyStats, PoolStats
 
@@ -205,17 +205,17 @@ class PidPool(QueuePool):
             raise
         now = time.perf_counter_ns()
         waited_ns = now - started
-        bucket = (waited_ns >> 10).bit_length()  # rows.bucket(), without the call
+        bucket = (waited_ns >> 10).bit_length()  # cells.bucket(), without the call
         record: Any = fairy._connection_record
         if record is None:
             return fairy  # a checkout listener has detached or invalidated it
         record.holding.checked_out = record
         record.out_since = now
         slot = record.slot
-        slot[rows.WAIT + (bucket if bucket < rows.LAST_BUCKET else rows.LAST_BUCKET)] += 1
-        slot[rows.WAIT_SUM] += waited_ns
-        slot[rows.IN_STATE_SINCE] = now
-        slot[rows.THREAD] = threading.get_ident()
+        slot[cells.WAIT + (bucket if bucket < cells.LAST_BUCKET else cells.LAST_BUCKET)] += 1
+        slot[cells.WAIT_SUM] += waited_ns
+        slot[cells.IN_STATE_SINCE] = now
+        slot[cells.THREAD] = threading.get_ident()
         told = self._telemetry.hears()
         if told or self.hold_warning is not None:
             self._watch(record, waited_ns / 1e9, now / 1e9, told)
@@ -275,10 +275,10 @@ class PidPool(QueuePool):
             entry.out_since = 0
             slot = entry.slot
             bucket = (used >> 10).bit_length()
-            slot[rows.USE + (bucket if bucket < rows.LAST_BUCKET else rows.LAST_BUCKET)] += 1
-            slot[rows.USE_SUM] += used
-            slot[rows.IN_STATE_SINCE] = now
-            slot[rows.THREAD] = 0
+            slot[cells.USE + (bucket if bucket < cells.LAST_BUCKET else cells.LAST_BUCKET)] += 1
+            slot[cells.USE_SUM] += used
+            slot[cells.IN_STATE_SINCE] = now
+            slot[cells.THREAD] = 0
         if entry.holding is not None:
             entry.holding.checked_out = None
         try:
@@ -395,7 +395,7 @@ class PidPool(QueuePool):
 
     def records(self) -> list[PidRecord]:
         """Return this process's pool entries, idle or checked out, without their order."""
-        return self._telemetry.row.records()
+        return cast("list[PidRecord]", self._telemetry.row.entries())
 
     # -- in a child
 

@@ -19,7 +19,7 @@ from pidpool.forks import detection as fork
 from pidpool.forks.detection import WIPED, flag
 from pidpool.forks.named_cursor import StreamCursor
 from pidpool.forks.stand_in import DisownedConnection
-from pidpool.stats import rows
+from pidpool.stats import process_counters
 
 if TYPE_CHECKING:
     from pidpool.events.emitter import ClosedReason
@@ -52,7 +52,7 @@ class PidRecord(_ConnectionRecord):
     checkout_told: Checkout | None
     out_since: int
     """`time.perf_counter_ns()` of the checkout; 0 while it is idle."""
-    row: rows.Row
+    row: process_counters.ProcessCounters
     slot_number: int
     slot: memoryview
     """Where its checkouts are counted, in the process's row of the family's memory."""
@@ -64,27 +64,27 @@ class PidRecord(_ConnectionRecord):
         self.checkout_told = None
         self.out_since = 0
         self.row = row = pool._telemetry.row
-        self.slot_number, self.slot = row.take_slot(self)
+        self.slot_number, self.slot = row.assign_slot(self)
         super().__init__(pool, connect)
 
     def __del__(self) -> None:
-        self.row.give_back_slot(self)
+        self.row.release_slot(self)
 
     def disinherit(self) -> None:
         """Note, in a child, that this entry is the parent's, and so are the words where it counts."""
         self.inherited = True
-        self.slot = rows.SCRATCH
+        self.slot = process_counters.SCRATCH
         self.slot_number = self.out_since = 0
         self.checkout_told = None
 
     def hold(self, holding: Holding) -> None:
         """Note which connection the slot holds from now on."""
         self.holding = holding
-        rows.name_connection(self.slot, holding.tag)
+        process_counters.write_connection(self.slot, holding.tag)
 
     def hold_none(self) -> None:
         """Note that the slot holds no connection any more."""
-        rows.name_connection(self.slot, None)
+        process_counters.write_connection(self.slot, None)
 
     @property
     def pidpool(self) -> PidPool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import structlog
 
 from pidpool.forks import detection as fork
-from pidpool.stats import rows
+from pidpool.stats.process_counters import Count
 
 if TYPE_CHECKING:
     from pidpool.forks.detection import Trigger
@@ -100,7 +100,7 @@ class Telemetry:
 
     def connection_invalidated(self, tag: ConnectionTag, soft: bool, error: BaseException | None) -> None:
         """A connection was invalidated, hard or soft."""
-        self.row.add(rows.INVALIDATIONS)
+        self.row.add(Count.INVALIDATIONS)
         # The class alone: a driver's message may quote a statement with its parameters.
         name = None if error is None else type(error).__name__
         self._emit("info", "connection.invalidated", tag, soft=soft, error=name)
@@ -109,7 +109,7 @@ class Telemetry:
 
     def checkout_timed_out(self, wait_time: float, size: int, overflow: int, checked_out: int) -> None:
         """No connection was free for `wait_time` seconds."""
-        self.row.add(rows.TIMEOUTS)
+        self.row.add(Count.TIMEOUTS)
         self._emit(
             "warning",
             "checkout.timed_out",
@@ -165,14 +165,14 @@ class Telemetry:
 
     def connection_replaced(self, inherited: ConnectionTag, tag: ConnectionTag | None) -> None:
         """A checkout goes on with a connection of this process's own."""
-        self.row.add(rows.REPLACED)
+        self.row.add(Count.REPLACED)
         by = None if tag is None else tag.connection_id
         by_server_pid = None if tag is None else tag.server_pid
         self._emit("info", "connection.replaced", inherited, by=by, by_server_pid=by_server_pid)
 
     def connection_refused(self, tag: ConnectionTag | None, state: str) -> None:
         """A use of an inherited connection, or (without a tag) a checkout, was refused."""
-        self.row.add(rows.REFUSED)
+        self.row.add(Count.REFUSED)
         self._emit("warning", "connection.refused", tag, state=state)
 
     def pool_adopted(

@@ -10,7 +10,6 @@ import stat
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
@@ -18,32 +17,11 @@ from sqlalchemy.engine import Connection
 from pidpool.drivers import driver_of
 from pidpool.forks import detection as fork
 from pidpool.forks import stand_in as inherited
+from pidpool.tag import ConnectionTag as ConnectionTag  # also for those who look for it here
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
-
-
-@dataclass(frozen=True)
-class ConnectionTag:
-    """Who opened a connection, and what it is to the operating system and to the server.
-
-    Made once, when the connection is opened; immutable, can be pickled and passed between
-    processes. A child reads its parent's tag on an inherited connection.
-    """
-
-    connection_id: str
-    """``<pid of the owner>-<number>``; the number counts the connections of that process."""
-    owner_pid: int
-    """The process that opened the connection."""
-    fd: int | None
-    """The descriptor of its socket in the owner; None where the driver does not tell it."""
-    socket_inode: int | None
-    """The inode of that socket, by which the descriptor is known to be the same one still."""
-    server_pid: int | None
-    """What ``pg_backend_pid()`` (or MySQL's ``connection_id()``) answers on it."""
-    opened_at: float
-    """Seconds since the epoch."""
 
 
 class Holding:

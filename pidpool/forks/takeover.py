@@ -20,7 +20,7 @@ from pidpool.forks import ownership
 from pidpool.forks import stand_in as inherited
 from pidpool.forks.ownership import ConnectionTag, Holding
 from pidpool.forks.stand_in import DisownedConnection, Inheritance
-from pidpool.stats import rows
+from pidpool.stats.process_counters import Count
 
 if TYPE_CHECKING:
     from pidpool.events.user_code import Place
@@ -99,7 +99,7 @@ def _open_connections() -> Iterator[_Open]:
 
 def _note_fork(at: float) -> None:
     for row in {pool._telemetry.row for pool in list(forkable)}:  # a pool's successors share it
-        row.add(rows.FORKS)
+        row.add(Count.FORKS)
     forks: dict[int, tuple[PidPool, Fork]] = {}
     for each in _open_connections():
         if each.pool is None:

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
-from pidpool.events.emitter import ClosedReason
-from pidpool.forks import stand_in as inherited
-from pidpool.forks.detection import Trigger
 from pidpool.stats.snapshots import FamilyStats, Histogram, PoolStats
+from pidpool.terms import CLOSE_REASONS, STATES_AT_FORK, TRIGGERS
 
 POOL_NAME = "db.client.connection.pool.name"
 
@@ -206,7 +204,7 @@ NUMBERS_BY = (
         "{connection}",
         "Connections closed, by reason.",
         "reason",
-        get_args(ClosedReason),
+        CLOSE_REASONS,
         lambda stats: stats.counters.closed,
     ),
     Numbers(
@@ -215,7 +213,7 @@ NUMBERS_BY = (
         "{connection}",
         "Connections that children inherited, by what they were doing at the fork.",
         "state",
-        (inherited.IDLE, inherited.NO_TRANSACTION, inherited.IN_TRANSACTION, inherited.UNKNOWN),
+        STATES_AT_FORK,
         lambda stats: stats.counters.inherited,
     ),
     Numbers(
@@ -224,7 +222,7 @@ NUMBERS_BY = (
         "{adoption}",
         "Pools that forked children took over, by what noticed the fork.",
         "trigger",
-        get_args(Trigger),
+        TRIGGERS,
         lambda stats: stats.counters.adoptions,
     ),
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pidpool.forks.ownership import ConnectionTag
+from pidpool.tag import ConnectionTag
 
 BOUNDS: tuple[float, ...] = tuple((1024 << power) / 1e9 for power in range(26))
 """The upper bounds of the histograms' buckets in seconds: 1.024 µs, doubled each time, up to 34.4 s."""

@@ -22,8 +22,9 @@ from sqlalchemy import event, exc, text
 
 from pidpool import PidPool
 from pidpool.stats import family as family_module
-from pidpool.stats import rows
+from pidpool.stats import process_counters
 from pidpool.stats.family import Family
+from pidpool.stats.process_counters import Count
 from pidpool.stats.snapshots import BOUNDS, Counters, FamilyStats, Histogram
 
 
@@ -181,7 +182,7 @@ def test_counts_are_exact_under_64_threads() -> None:
 
 
 def test_more_entries_than_slots_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(family_module, "_MOST_SLOTS", 4)
+    monkeypatch.setattr(family_module, "_MAX_SLOTS", 4)
     pool = fake_pool(pool_size=0)
     out = [pool.connect() for _ in range(20)]
     assert (pool.stats().used, pool.stats().idle) == (20, 0)
@@ -214,7 +215,7 @@ def test_a_connection_has_its_own_checkouts_and_times_though_others_had_its_slot
 def test_a_clock_that_was_set_back_makes_nothing_negative(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = fake_pool()
     held = pool.connect()
-    monkeypatch.setattr(rows.time, "time", lambda: 1e9)  # type: ignore[attr-defined]
+    monkeypatch.setattr(process_counters.time, "time", lambda: 1e9)  # type: ignore[attr-defined]
     (connection,) = pool.stats().connections
     assert connection.age == 0 and connection.in_state >= 0
     held.close()
@@ -405,7 +406,7 @@ def test_dispose_goes_on_with_the_counts(tls_url: str, make_engine: MakeEngine) 
 
 
 def test_who_ended_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(family_module, "ROWS", 4)
+    monkeypatch.setattr(family_module, "BLOCKS", 4)
     monkeypatch.setattr(family_module, "ENDED_LISTED", 2)
     pool = fake_pool()
     use(pool)
@@ -419,7 +420,7 @@ def test_who_ended_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_processes_than_rows_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(family_module, "ROWS", 3)
+    monkeypatch.setattr(family_module, "BLOCKS", 3)
     pool = fake_pool()
 
     def child() -> None:
@@ -439,7 +440,7 @@ def test_a_reused_pid_is_another_process() -> None:
     memory.join()
     old = memory.join(parent_pid=os.getpid())
     # As if it had joined before this process, whose pid it has, was started.
-    old.words[rows.JOINED] = 1
+    old.cells[process_counters.JOINED] = 1
     processes = memory.read("pool").processes
     assert [each.alive for each in processes] == [False, True]
 
@@ -463,9 +464,9 @@ def test_who_is_killed_while_joining_blocks_nobody() -> None:
 def test_who_is_killed_at_any_instruction_of_joining_changes_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """One child for each (in short: each fifth) instruction, killed there while it takes the row of a
     process that has ended."""
-    monkeypatch.setattr(family_module, "ROWS", 2)
+    monkeypatch.setattr(family_module, "BLOCKS", 2)
     step = 1 if "PIDPOOL_SOAK" in os.environ else 5
-    codes = {family_module.__file__, rows.__file__}
+    codes = {family_module.__file__, process_counters.__file__}
 
     def join(memory: Family, instruction: int) -> None:
         left = instruction
@@ -489,8 +490,8 @@ def test_who_is_killed_at_any_instruction_of_joining_changes_no_sum(monkeypatch:
         memory = Family(5, 10)
         memory.join()
         ended = memory.join(parent_pid=os.getpid())
-        ended.add(rows.TIMEOUTS, 7)
-        ended.words[rows.ENDED] = 1
+        ended.add(Count.TIMEOUTS, 7)
+        ended.cells[process_counters.ENDED] = 1
         pid = os.fork()
         if pid == 0:
             try:
@@ -499,7 +500,7 @@ def test_who_is_killed_at_any_instruction_of_joining_changes_no_sum(monkeypatch:
                 os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         assert memory.read("pool").counters.timeouts == 7, instruction
-        memory.join(parent_pid=os.getpid()).add(rows.TIMEOUTS)
+        memory.join(parent_pid=os.getpid()).add(Count.TIMEOUTS)
         stats = memory.read("pool")
         assert stats.counters.timeouts == 8 and stats.unlisted == 0, instruction
         assert [each.alive for each in stats.processes] == [True, True]
@@ -653,7 +654,7 @@ def test_the_servers_limit_is_compared_only_when_somebody_has_joined(monkeypatch
     memory = Family(100, 0)
     memory.join()
     ended = memory.join(parent_pid=os.getpid())
-    ended.words[rows.ENDED] = 1
+    ended.cells[process_counters.ENDED] = 1
     memory.learn_server_max_connections(lambda: 150)
     reads = []
     read = memory.read

@@ -1,4 +1,4 @@
-"""What a row of a family's memory can hold."""
+"""The values that the cells of a slot can hold."""
 
 from __future__ import annotations
 

@@ -1,0 +1,378 @@
+"""The counters of one pool in one process: a block of cells in the memory that the family's processes
+share. Here are its layout, the writing by its owner, and the reading by any process.
+
+A cell has eight bytes, is aligned and is written at once. Each cell has a meaning by itself: a count that
+only grows, or a time. The number of checkouts is the sum of the histogram of their waiting times. So a
+reader can't see a half-written state, and a process that is killed leaves none. Only the identity of a
+connection takes several cells. They stand between two copies of a change count: if the copies differ, the
+identity is not valid.
+
+No two threads write the same cell. The cells of a slot belong to the thread that has its connection checked
+out. All others are written under the lock of the block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from pidpool.stats.snapshots import BOUNDS, ConnectionStats, Counters, Histogram, PoolStats
+from pidpool.tag import ConnectionTag
+from pidpool.terms import CLOSE_REASONS, STATES_AT_FORK, TRIGGERS, CloseReason, Trigger
+
+_BUCKETS = len(BOUNDS) + 1
+LAST_BUCKET = len(BOUNDS)
+
+# -- the head of a block: the cells of the process
+
+PID = 0
+"""0: the block belongs to no process. Written last."""
+GENERATION = 1
+"""Grows with every process that is given the block."""
+PARENT_PID = 2
+JOINED = 3
+"""`boot_time` when the process joined. A process of the same pid that started later is another one."""
+SINCE = 4
+"""The same in microseconds since the epoch."""
+ENDED = 5
+"""1 after another process has seen that this one has ended."""
+SLOTS_USED = 6
+"""Slots at and above this one have never been used."""
+WAITING = 7
+"""Threads that wait for a connection: the last cell of the head that can go down."""
+
+
+class Count(IntEnum):
+    """The plain counts of a process, each with its cell."""
+
+    TIMEOUTS = 8
+    INVALIDATIONS = 9
+    SEVERED = 10
+    KEPT = 11
+    REPLACED = 12
+    REFUSED = 13
+    FORKS = 14
+
+
+_CLOSED = max(Count) + 1
+_INHERITED = _CLOSED + len(CLOSE_REASONS)
+_ADOPTIONS = _INHERITED + len(STATES_AT_FORK)
+_CREATE = _ADOPTIONS + len(TRIGGERS)
+_CREATE_SUM = _CREATE + _BUCKETS
+HEAD_CELLS = _CREATE_SUM + 1
+
+# -- a slot: the cells of a pool entry, and of the connection that it holds at present
+
+TAKEN = 0
+"""1 while a pool entry has the slot."""
+_CHANGE = 1
+_NUMBER, _FD, _INODE, _SERVER_PID, _OPENED_AT = range(2, 7)
+_EARLIER = 7
+"""Checkouts that the slot counted before it got this connection."""
+_CHANGE_COPY = 8
+IN_STATE_SINCE = 9
+"""`time.perf_counter_ns()` when the connection was opened, or of its last checkout or checkin."""
+THREAD = 10
+"""`threading.get_ident()` of the thread that has the connection checked out; 0 while it is idle."""
+WAIT = 11
+WAIT_SUM = WAIT + _BUCKETS
+USE = WAIT_SUM + 1
+USE_SUM = USE + _BUCKETS
+SLOT_CELLS = USE_SUM + 1
+
+_identity = struct.Struct("8Q")
+_NONE = (1 << 64) - 1
+"""Stands for None in an unsigned cell."""
+
+
+def bucket(nanoseconds: int) -> int:
+    """Return the bucket of a histogram that a duration belongs to (see `BOUNDS`)."""
+    return min((nanoseconds >> 10).bit_length(), LAST_BUCKET)
+
+
+def cells_of_a_block(slots: int) -> int:
+    """Return the number of cells in a block with so many slots."""
+    return HEAD_CELLS + slots * SLOT_CELLS
+
+
+class Entry(Protocol):
+    """A pool entry, as far as its slot is concerned."""
+
+    slot_number: int
+    slot: memoryview
+
+
+class ProcessCounters:
+    """The counters of this process for one pool, in a block of its own.
+
+    Threads: counts are exact for any number of them. Forks: a child has a block of its own, and can't
+    write here.
+    """
+
+    def __init__(self, cells: memoryview, slots: int) -> None:
+        self.cells = cells
+        # Reentrant, since a finalizer may count something inside any line here.
+        self._lock = threading.RLock()
+        self._slots = slots
+        self._free: list[int] = []
+        # Not fork.current(): inside an at-fork hook that is still the parent.
+        self._pid = os.getpid()
+        self._entries: dict[int, weakref.ref[Entry]] = {}
+
+    def entries(self) -> list[Entry]:
+        """Return the pool entries that have a slot here."""
+        found = (reference() for reference in list(self._entries.values()))
+        return [entry for entry in found if entry is not None]
+
+    def add(self, count: Count, number: int = 1) -> None:
+        """Add to one of the plain counts."""
+        self._add(count, number)
+
+    def add_closed(self, reason: CloseReason) -> None:
+        """Count a closed connection."""
+        self._add(_CLOSED + CLOSE_REASONS.index(reason))
+
+    def add_inherited(self, state: str, *, severed: bool) -> None:
+        """Count an inherited connection, by its `StateAtFork`, and its socket."""
+        self._add(_INHERITED + STATES_AT_FORK.index(state))
+        self._add(Count.SEVERED if severed else Count.KEPT)
+
+    def add_adoption(self, trigger: Trigger) -> None:
+        """Count that this process took the pool over."""
+        self._add(_ADOPTIONS + TRIGGERS.index(trigger))
+
+    def add_opened(self, create_time: int) -> None:
+        """Count a connection that took `create_time` nanoseconds to open."""
+        if not self._is_of_this_process():
+            return
+        with self._lock:
+            self.cells[_CREATE + bucket(create_time)] += 1
+            self.cells[_CREATE_SUM] += create_time
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count this thread among those that wait for a connection.
+
+        If a greenlet goes on in a forked child, leaving the block there changes nothing.
+        """
+        self._add(WAITING)
+        try:
+            yield
+        finally:
+            self._add(WAITING, -1)
+
+    def _add(self, cell: int, number: int = 1) -> None:
+        if not self._is_of_this_process():
+            return
+        with self._lock:
+            self.cells[cell] += number
+
+    def _is_of_this_process(self) -> bool:
+        # A child may leave waiting(), which its parent entered. The parent counts that itself, and the
+        # lock may have been held at the fork.
+        return self._pid == os.getpid()
+
+    def assign_slot(self, entry: Entry) -> tuple[int, memoryview]:
+        """Give a pool entry a slot; return its number and its cells.
+
+        Slot 0 is shared by all entries for which there is no other, and its TAKEN is their number. Their
+        counts are right, because CPython does not switch threads between the reading and the writing of
+        a cell. Their connections can't be listed.
+        """
+        with self._lock:
+            used = max(self.cells[SLOTS_USED], 1)
+            number = self._free.pop() if self._free else used if used < self._slots else 0
+            self.cells[SLOTS_USED] = max(used, number + 1)
+            self._entries[id(entry)] = weakref.ref(entry)
+            first = HEAD_CELLS + number * SLOT_CELLS
+            slot = self.cells[first : first + SLOT_CELLS]
+            slot[TAKEN] += 1
+        return number, slot
+
+    def release_slot(self, entry: Entry) -> None:
+        """Make an entry's slot free for the next one, which goes on with its counts."""
+        if not self._is_of_this_process():
+            return
+        with self._lock:
+            self._entries.pop(id(entry), None)
+            entry.slot[TAKEN] -= 1
+            if entry.slot_number:
+                write_connection(entry.slot, None)
+                entry.slot[THREAD] = 0
+                self._free.append(entry.slot_number)
+
+
+def write_connection(slot: memoryview, tag: ConnectionTag | None) -> None:
+    """Write the identity of the connection that a slot holds; None if it holds none."""
+    change = (slot[_CHANGE_COPY] + 1) & 0xFFFFFFFF
+    slot[_CHANGE] = change
+    if tag is None:
+        numbers = (0, 0, 0, 0, 0, 0)
+    else:
+        slot[IN_STATE_SINCE] = time.perf_counter_ns()
+        numbers = (
+            int(tag.connection_id.partition("-")[2]),
+            _NONE if tag.fd is None else tag.fd,
+            _NONE if tag.socket_inode is None else tag.socket_inode,
+            # PgBouncer makes up random ones, and libpq returns them as signed numbers.
+            _NONE if tag.server_pid is None else tag.server_pid & _NONE,
+            int(tag.opened_at * 1e6),
+            sum(slot[WAIT:WAIT_SUM]),
+        )
+    _identity.pack_into(slot, _CHANGE * 8, change, *numbers, change)
+
+
+SCRATCH = memoryview(bytearray(SLOT_CELLS * 8)).cast("Q")
+"""The slot of all inherited entries: their counts belong to another process and are discarded."""
+
+
+# -- reading
+
+
+@dataclass(frozen=True)
+class PoolLimits:
+    """The limits that a pool has in each process of its family."""
+
+    size: int
+    max_overflow: int
+
+
+def copy_block(cells: memoryview) -> memoryview:
+    """Return a copy of the used part of a block, in which no connection is half written."""
+    length = HEAD_CELLS + cells[SLOTS_USED] * SLOT_CELLS
+    for _ in range(3):
+        first, second = cells[:length].tobytes(), cells[:length].tobytes()
+        if _identities(first) == _identities(second):
+            break
+    return memoryview(second).cast("Q")
+
+
+def _identities(block: bytes) -> list[bytes]:
+    starts = range(HEAD_CELLS * 8, len(block), SLOT_CELLS * 8)
+    return [block[at + _CHANGE * 8 : at + (_CHANGE_COPY + 1) * 8] for at in starts]
+
+
+def pool_stats(
+    cells: list[int],
+    sums: list[int],
+    name: str,
+    limits: PoolLimits,
+    *,
+    alive: bool,
+    thread_names: Mapping[int, str],
+) -> PoolStats:
+    """Return the snapshot of one process.
+
+    :param cells: a copy of its block.
+    :param sums: what `sum_slots` made of that copy.
+    """
+    at, now = time.time(), time.perf_counter_ns()
+    connections = []
+    # The entries that share a slot. Its cells are read one after the other, so their sums may differ
+    # by what happens in between.
+    shared = cells[HEAD_CELLS : HEAD_CELLS + SLOT_CELLS]
+    taken = sum(shared[:1])
+    used = beyond_used = min(taken, max(0, sum(shared[WAIT:WAIT_SUM]) - sum(shared[USE:USE_SUM])))
+    beyond_idle = taken - beyond_used
+    for first in range(HEAD_CELLS + SLOT_CELLS, len(cells), SLOT_CELLS):
+        slot = cells[first : first + SLOT_CELLS]
+        taken += slot[TAKEN]
+        used += slot[THREAD] != 0
+        if not slot[_NUMBER] or slot[_CHANGE] != slot[_CHANGE_COPY]:
+            continue
+        tag = ConnectionTag(
+            connection_id=f"{cells[PID]}-{slot[_NUMBER]}",
+            owner_pid=cells[PID],
+            fd=_or_none(slot[_FD]),
+            socket_inode=_or_none(slot[_INODE]),
+            server_pid=_signed_or_none(slot[_SERVER_PID]),
+            opened_at=slot[_OPENED_AT] / 1e6,
+        )
+        thread = slot[THREAD] or None
+        connections.append(
+            ConnectionStats(
+                tag=tag,
+                state="idle" if thread is None else "used",
+                age=max(0.0, at - tag.opened_at),  # the clock may have been set back
+                in_state=max(0, now - slot[IN_STATE_SINCE]) / 1e9,
+                checkouts=max(0, sum(slot[WAIT:WAIT_SUM]) - slot[_EARLIER]),
+                thread_id=thread,
+                thread_name=None if thread is None else thread_names.get(thread),
+            )
+        )
+    return PoolStats(
+        pool=name,
+        pid=cells[PID],
+        parent_pid=cells[PARENT_PID] or None,
+        alive=alive,
+        since=cells[SINCE] / 1e6,
+        size=limits.size,
+        max_overflow=limits.max_overflow,
+        overflow=taken - limits.size if limits.size else 0,
+        idle=sum(each.thread_id is None for each in connections) + beyond_idle if alive else 0,
+        used=used if alive else 0,
+        waiting=cells[WAITING] if alive else 0,
+        counters=counters(sums),
+        connections=tuple(connections) if alive else (),
+    )
+
+
+def sum_slots(cells: list[int]) -> list[int]:
+    """Return a block with a single slot, which has the counts of all slots together."""
+    slots = [cells[first + WAIT : first + SLOT_CELLS] for first in range(HEAD_CELLS, len(cells), SLOT_CELLS)]
+    counted = map(sum, zip(*slots, strict=True)) if slots else [0] * (SLOT_CELLS - WAIT)
+    return [*cells[:HEAD_CELLS], *[0] * WAIT, *counted]
+
+
+def add_blocks(sums: list[list[int]]) -> list[int]:
+    """Return the counts of several blocks together, from the `sum_slots` of each."""
+    return [*map(sum, zip(*sums, strict=True))]
+
+
+def counters(sums: list[int]) -> Counters:
+    """Return the counts as a snapshot, from `sum_slots` or `add_blocks`."""
+    slot = sums[HEAD_CELLS:]
+    create, wait, use = sums[_CREATE:_CREATE_SUM], slot[WAIT:WAIT_SUM], slot[USE:USE_SUM]
+    return Counters(
+        opened=sum(create),
+        closed=dict(zip(CLOSE_REASONS, sums[_CLOSED:], strict=False)),
+        checkouts=sum(wait),
+        checkins=sum(use),
+        timeouts=sums[Count.TIMEOUTS],
+        invalidations=sums[Count.INVALIDATIONS],
+        inherited=dict(zip(STATES_AT_FORK, sums[_INHERITED:], strict=False)),
+        severed=sums[Count.SEVERED],
+        kept=sums[Count.KEPT],
+        replaced=sums[Count.REPLACED],
+        refused=sums[Count.REFUSED],
+        adoptions=dict(zip(TRIGGERS, sums[_ADOPTIONS:], strict=False)),
+        forks=sums[Count.FORKS],
+        create_time=Histogram(tuple(create), sums[_CREATE_SUM] / 1e9),
+        wait_time=Histogram(tuple(wait), slot[WAIT_SUM] / 1e9),
+        use_time=Histogram(tuple(use), slot[USE_SUM] / 1e9),
+    )
+
+
+def fold(into: memoryview, block: memoryview) -> None:
+    """Add the counts of a block to those of another, which has one slot."""
+    sums = sum_slots(block.tolist())
+    for cell in itertools.chain(range(WAITING + 1, HEAD_CELLS), range(HEAD_CELLS + WAIT, len(sums))):
+        into[cell] += sums[cell]
+    into[SLOTS_USED] = 1
+
+
+def _or_none(cell: int) -> int | None:
+    return None if cell == _NONE else cell
+
+
+def _signed_or_none(cell: int) -> int | None:
+    return _or_none(cell) if cell == _NONE or cell < 1 << 63 else cell - (1 << 64)
