@@ -51,7 +51,7 @@ _DEPARTED = LOCK_SIZE // 8 + 8
 sums are made in the other buffer, so a process that is killed meanwhile has changed nothing."""
 
 _ASKED, _ANSWER = 1, 2
-"""The cell of the server's limit holds 0, then `_ASKED` while a process asks, then `_ANSWER` + the limit."""
+"""The cell of the limit: 0 at first, `_ASKED` while a process asks, then `_ANSWER` plus the limit."""
 
 # -- a buffer of the departed: these cells, then a block with one slot
 
