@@ -99,7 +99,7 @@ class HookedQueuePool(QueuePool):
             inherited.abandon()
         self._overflow = 0 - self._pool.maxsize
         self._overflow_lock = threading.RLock()  # type: ignore[assignment]
-        # Made by the first who asks for it: not there if nothing has connected or listened yet.
+        # SQLAlchemy makes it when it is first asked for: not there if nothing has connected or listened yet.
         if "dispatch" in self.__dict__:
             renew_first_connect(self.dispatch)
 

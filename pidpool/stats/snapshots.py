@@ -72,7 +72,7 @@ class Counters:
     adoptions: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Pools taken over by a forked child, by what noticed the fork: hook, lazy."""
     forks: int = 0
-    """Children forked, as far as Python's hooks tell of them."""
+    """Children forked, as far as Python's at-fork hooks ran."""
     create_time: Histogram = Histogram()
     """Seconds that opening a connection took, connect events included."""
     wait_time: Histogram = Histogram()
@@ -121,7 +121,7 @@ class PoolStats:
     pool: str
     pid: int
     parent_pid: int | None
-    """Who forked it; None for the process that made the pool."""
+    """The process that forked it; None for the process that made the pool."""
     alive: bool
     """Whether the process still runs."""
     since: float
