@@ -1,5 +1,5 @@
-"""`Driver`: what a driver's connection says of itself without I/O and without a lock of the driver's. This one
-is for a driver that is not known.
+"""`Driver`: what a driver's connection says of itself without I/O and without a lock of the driver's. This
+one is for a driver that is not known.
 """
 
 from __future__ import annotations

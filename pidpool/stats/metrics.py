@@ -47,7 +47,7 @@ class Numbers:
     description: str
     attribute: str
     known: tuple[str, ...]
-    """Exported from the start, as zero: Prometheus misses the first increase of a series that was not there."""
+    """Exported as zero from the start: the first increase of a series that was not there is lost."""
     read: Callable[[Stats], Mapping[str, int]]
 
     def all(self, stats: Stats) -> dict[str, int]:
