@@ -21,13 +21,17 @@
   const known = (value) => (value === null || value === undefined ? "?" : String(value));
 
   function duration(seconds) {
-    if (seconds < 0.0009995) return `${Math.round(seconds * 1e6)} µs`;
+    const two = (whole, large, name, small, rest) => {
+      const left = Math.floor((whole % large) / small);
+      return `${Math.floor(whole / large)} ${name}` + (left ? ` ${left} ${rest}` : "");
+    };
+    if (seconds < 0.0009995) return `${Number((seconds * 1e6).toPrecision(3))} µs`;
     if (seconds < 0.9995) return `${Number((seconds * 1e3).toPrecision(3))} ms`;
     if (seconds < 59.95) return `${Number(seconds.toPrecision(3))} s`;
     const whole = Math.round(seconds);
-    if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
-    if (whole < 172800) return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
-    return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
+    if (whole < 3600) return two(whole, 60, "min", 1, "s");
+    if (whole < 172800) return two(whole, 3600, "h", 60, "min");
+    return two(whole, 86400, "d", 3600, "h");
   }
 
   const iso = (at) => new Date(at * 1000).toISOString();
