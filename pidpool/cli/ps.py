@@ -34,7 +34,7 @@ UNABLE = 2
 _PATH = re.compile(r"(?<!\S)/\S*/")
 
 
-@click.command()
+@click.command(epilog="\b\nExample:\n  pidpool ps --check 4125")
 @click.argument("pids", metavar="[PID]...", type=click.IntRange(min=1), nargs=-1)
 @click.option(
     "--port",

@@ -27,7 +27,7 @@ _WIDE = 110
 """Columns from which on each process is shown with what it inherited."""
 
 
-@click.command()
+@click.command(epilog="\b\nExample:\n  pidpool top --interval 5 http://127.0.0.1:9432/")
 @click.argument("url")
 @interval_option("How long to wait between two requests.")
 @click.option(

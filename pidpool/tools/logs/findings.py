@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pidpool.terms import OPEN_STATES, SOCKET_ACTIONS, STATES_AT_FORK
+from pidpool.terms import OPEN_STATES, SOCKET_ACTIONS, STATES_AT_FORK, StateAtFork
 from pidpool.tools.logs.clean import cleaned, own_fields
 from pidpool.tools.logs.processes import Connection, Process, name_of
 
@@ -75,6 +75,13 @@ class UnheardFork:
     def open(self) -> bool:
         """Whether a transaction was open."""
         return self.in_transaction > 0
+
+    @property
+    def state(self) -> StateAtFork:
+        """The state of the connection that is worst off."""
+        if self.in_transaction:
+            return "in transaction"
+        return "idle" if self.idle else "no transaction"
 
     def add(self, idle: int, checked_out: int, in_transaction: int) -> None:
         """Count connections in."""

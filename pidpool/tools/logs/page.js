@@ -107,13 +107,13 @@
         ["checked out at", leak.where], ...Object.entries(leak.fields),
       ], { leak, place: Math.min(place, 7) });
   });
-  const unheardMarks = data.unheard.map(([owner, at, pool, idle, checkedOut, inTransaction]) => {
+  const unheardMarks = data.unheard.map(([owner, at, pool, idle, checkedOut, inTransaction, state]) => {
     const open = inTransaction > 0;
     return mark(owner, "leak", at, at,
       `${count(idle + checkedOut, "connection")} crossed a fork${open ? `, ${number(inTransaction)} with an open transaction` : ""}`, [
         ["owner", `pid ${lanes[owner].id}`], ["inherited by", "a child that told nothing"], ["at", moment(at)],
-        ["in transaction", inTransaction], ["else checked out", checkedOut - inTransaction], ["idle", idle], ["pool", pool],
-      ], { leak: { owner, inheritor: null, open }, place: -1 });
+        ["in transaction", inTransaction], ["otherwise checked out", checkedOut - inTransaction], ["idle", idle], ["pool", pool],
+      ], { leak: { owner, inheritor: null, open, state }, place: -1 });
   });
 
   let top = AXIS;
@@ -388,9 +388,8 @@
       const value = new Map(one.lines), row = put(body, "tr"), name = one.leak.connection || "fork";
       const button = put(put(row, "td"), "button", { type: "button", "aria-label": `Show ${name} of ${value.get("owner")} in the timeline` }, name);
       button.addEventListener("click", () => { go(one.index); keep(one); });
-      const state = one.leak.state || (one.leak.open ? "in transaction" : value.get("idle") ? "idle" : "no transaction");
       for (const column of COLUMNS) {
-        const text = column === "state" ? state : value.get(column);
+        const text = column === "state" ? one.leak.state : value.get(column);
         put(row, "td", { "data-name": column, class: column === "state" && one.leak.open ? "state open" : "" }, text === undefined ? "–" : text);
       }
     }

@@ -95,7 +95,15 @@ def _data(summary: Summary, sources: Sequence[Source]) -> dict[str, Any]:
         "bars": bars,
         "leaks": [_leak(leak, lanes) for leak in leaks],
         "unheard": [
-            [lanes[id(fork.owner)], fork.at, fork.pool, fork.idle, fork.checked_out, fork.in_transaction]
+            [
+                lanes[id(fork.owner)],
+                fork.at,
+                fork.pool,
+                fork.idle,
+                fork.checked_out,
+                fork.in_transaction,
+                fork.state,
+            ]
             for fork in unheard
         ],
         "timeouts": timeouts,
