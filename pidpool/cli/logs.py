@@ -1,6 +1,6 @@
 """``pidpool logs``: reads event logs and tells who forked whom, what leaked, and what took long.
 
-The reading and the summary are in pidpool/logs; here are the options, the progress bar, and how it ends.
+The reading and the summary are in pidpool/tools/logs; here are the options, the progress bar and the exit.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """``pidpool top``: a live view of a stats endpoint in the terminal, the family as a tree. What the
-endpoint says is read in stats_client.py.
+endpoint says is read in tools/top/client.py.
 """
 
 from __future__ import annotations

@@ -423,7 +423,7 @@ class Summary:
     def heard(self, connection: Connection) -> float:
         """Return the time up to which a connection that is out is taken to have been out."""
         newest = self.processes.connections.get(connection.connection_id)
-        # Where the pid is another process's by now, this one has ended: nobody knows when.
+        # If another process has the pid already, this one has ended at a time that the log does not give.
         return connection.process.until() if newest is not connection else self.last_at
 
 

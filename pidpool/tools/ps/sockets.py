@@ -77,7 +77,7 @@ class Owner(Process):
 
     certain: bool
     """Whether that is known: it alone of the holders has run a program of its own since it was forked,
-    and a driver's socket does not outlive that. Else the likeliest one."""
+    and a driver's socket does not outlive that. Otherwise it is the likeliest one."""
     holds: bool | None
     """Whether it still has the socket; None where it could not be looked into."""
 
@@ -322,7 +322,7 @@ def _owner(tree: Mapping[int, _Entry], holders: Sequence[_Entry]) -> tuple[int, 
 
     :param holders: oldest first.
     """
-    # Drivers open their sockets close-on-exec: who has run a program since its fork inherited none.
+    # Drivers open sockets close-on-exec: a process that ran a program after its fork inherited none.
     executed = [holder.pid for holder in holders if not holder.forked]
     if len(executed) == 1:
         return executed[0], True
