@@ -18,7 +18,7 @@ from pidpool.export.endpoint.app import StatsApp
 from pidpool.forks import detection as fork
 
 if TYPE_CHECKING:
-    from pidpool.export.sources import Source
+    from pidpool.export.pools import Source
 
 PORT = 9432
 """The port that `serve_stats` takes where none is named."""
