@@ -19,7 +19,7 @@ from pidpool.forks import detection
 from pidpool.terms import Trigger
 
 if TYPE_CHECKING:
-    from pidpool.export.sources import Source
+    from pidpool.export.pools import Source
 
 PORT = 9432
 """The port that `serve_stats` takes where none is named."""
