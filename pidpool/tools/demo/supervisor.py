@@ -12,7 +12,8 @@ Each case has its test in tests/tools/test_demo_postgres.py:
 * The server is killed: its orphans become children of the supervisor (PR_SET_CHILD_SUBREAPER), which
   kills them and removes the shared memory that the server left.
 
-If the owner and the supervisor are killed at the same moment, the server ends and its directory stays.
+If the owner and the supervisor get SIGKILL at the same moment, or the supervisor while it starts the
+server, the server ends and its directory stays.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ INITDB_SECONDS = 60.0
 READY_SECONDS = 30.0
 FAST_STOP_SECONDS = 5.0
 
-_SOCKET_PATH_LIMIT = 107  # bytes: sizeof(sockaddr_un.sun_path) less its closing zero
+# A socket's path may have 107 bytes: sizeof(sockaddr_un.sun_path) less its closing zero.
+_PARENT_BYTES = 107 - len(f"/{PREFIX}8letters/socket/.s.PGSQL.65535")
 _SYS_PIDFD_OPEN = 434
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -57,14 +59,14 @@ class StartFailed(Exception):
 
 
 def open_pidfd(pid: int) -> int:
-    """Return a descriptor that becomes readable when the process ends, as a zombie too.
+    """Return a descriptor that becomes readable when the process ends, also if it stays a zombie.
 
     Not `os.pidfd_open`: Python lacks it if it was built for an old kernel.
     """
     descriptor: int = _libc.syscall(_SYS_PIDFD_OPEN, pid, 0)
     if descriptor < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"pidfd_open({pid}): {os.strerror(number)}")
+        raise OSError(number, f"pidfd_open({pid}), in Linux since 5.3: {os.strerror(number)}")
     return descriptor
 
 
@@ -77,7 +79,7 @@ def readable(*descriptors: int, seconds: float | None) -> bool:
 
 
 class Supervisor:
-    """Runs one server.
+    """Runs one server; `main` is its life.
 
     :param owner_ended: pidfd of the process that the server is for.
     :param binaries: directory with ``initdb`` and ``postgres``.
@@ -171,44 +173,32 @@ class Supervisor:
 
     def _make_directory(self, parents: list[str]) -> Path:
         for parent in map(Path, parents):
-            socket = parent / f"{PREFIX}8letters" / "socket" / ".s.PGSQL.65535"
-            if len(os.fsencode(socket)) > _SOCKET_PATH_LIMIT:
-                continue
             with contextlib.suppress(OSError):
-                if self._within_reach(parent):
+                if len(os.fsencode(parent)) <= _PARENT_BYTES and self._within_reach(parent):
                     directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
                     directory.chmod(0o755 if self._root else 0o700)
                     return directory
-        limit = _SOCKET_PATH_LIMIT - len(f"/{PREFIX}8letters/socket/.s.PGSQL.65535")
         reach = f", that user {SERVER_USER!r} can read" if self._root else ""
         raise StartFailed(
-            f"no directory for a server in {', '.join(parents)}. Set TMPDIR to a writable directory{reach}, "
-            f"with a path of at most {limit} bytes."
+            f"can't make a directory for a server in {', '.join(parents)}. Set TMPDIR to a writable "
+            f"directory{reach}, with a path of at most {_PARENT_BYTES} bytes."
         )
 
     def _use_binaries(self) -> None:
         """Copy the binaries (40 MB, 0.2 s) if the server's user can't reach them."""
-        postgres = self._binaries / "postgres"
+        if self._within_reach(self._binaries / "postgres"):
+            return
         try:
-            subprocess.run([postgres, "--version"], check=True, capture_output=True, timeout=30)
+            # PostgreSQL finds lib and share by their place beside its binaries.
+            for name in (self._binaries.name, "lib", "share"):
+                shutil.copytree(self._binaries.parent / name, self._directory / "install" / name)
+            subprocess.run(["chmod", "-R", "a+rX", self._directory / "install"], check=True, timeout=30)
         except (OSError, subprocess.SubprocessError) as error:
             raise StartFailed(
-                f"{postgres} --version fails, so it is no PostgreSQL server for this machine: {error}"
+                f"the server's user can't reach these binaries, and copying them failed: {error}. They are "
+                "no PostgreSQL server for this machine, or other users need access to them."
             ) from error
-        if self._within_reach(postgres):
-            return
-        install, copy = self._binaries.parent, self._directory / "install"
-        try:
-            # PostgreSQL finds the two others by their place beside its binaries.
-            for name in (self._binaries.name, "lib", "share"):
-                shutil.copytree(install / name, copy / name)
-            subprocess.run(["chmod", "-R", "a+rX", copy], check=True, capture_output=True, timeout=30)
-        except (OSError, shutil.Error, subprocess.SubprocessError) as error:
-            raise StartFailed(
-                f"the server's user can't read {postgres}, and it could not be copied with its lib and "
-                f"share: {error}. Let other users read {install}."
-            ) from error
-        self._binaries = copy / self._binaries.name
+        self._binaries = self._directory / "install" / self._binaries.name
 
     def _give_to_server(self, name: str) -> None:
         if self._root:
@@ -241,8 +231,8 @@ class Supervisor:
                 )
         except OSError as error:
             raise StartFailed(
-                f"can't run {program}: {error}. If its file system is mounted noexec, set TMPDIR to a "
-                "directory of another one."
+                f"{error}: this is no PostgreSQL server for this machine, or its file system is mounted "
+                "noexec; then set TMPDIR to a directory of another one"
             ) from error
 
     def _wait(self, name: str, seconds: float, ready: Callable[[], bool]) -> None:
@@ -290,11 +280,7 @@ def main() -> None:
     """Read what to run from standard input, run it, and remove it when its owner ends."""
     request = json.loads(sys.stdin.readline())
     owner = request.pop("owner")
-    try:
-        owner_ended = open_pidfd(owner)
-    except OSError as error:
-        _answer({"error": f"it needs Linux 5.3 or later ({error}); start a server of your own"})
-        return
+    owner_ended = open_pidfd(owner)
     # The owner reaps this process at once. Otherwise its own os.wait() could meet the supervisor.
     if os.getppid() != owner or os.fork():
         os._exit(0)
@@ -305,10 +291,8 @@ def main() -> None:
     try:
         _answer(supervisor.start(**request))
         supervisor.unwanted(None)
-    except StartFailed as error:
-        failure = str(error)
-    except Exception:
-        failure = traceback.format_exc()
+    except Exception as error:
+        failure = str(error) if isinstance(error, StartFailed) else traceback.format_exc()
     supervisor.stop()
     if failure is not None:
         _answer({"error": failure})  # after the stop, so that the owner finds nothing left
