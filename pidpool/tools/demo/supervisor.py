@@ -219,7 +219,7 @@ class Supervisor:
         try:
             with open(self._directory / "server.log", "ab") as log:
                 return subprocess.Popen(
-                    [self._binaries / program, *arguments],
+                    [str(self._binaries / program), *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
