@@ -207,7 +207,7 @@ class EmbeddedPostgres:
         if self._finalizer is not None:
             self._last_log = self._finalizer() or b""
 
-    # -- where it is -----------------------------------------------------------------------------
+    # -- addresses -------------------------------------------------------------------------------
 
     def url(
         self,
