@@ -154,7 +154,7 @@ function sync(parent, items, key, template, update) {
 let announced = null;
 
 function show(stats) {
-  openStates = stats.open_states;
+  openStates = stats.open_states ?? [];
   sync($("pools"), stats.pools, (pool) => pool.pool, "pool-template", (section, pool) => {
     showPool(section, pool, stats.bounds);
   });
