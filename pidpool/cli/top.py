@@ -1,5 +1,5 @@
-"""``pidpool top``: a live view of a stats endpoint in the terminal, the family as a tree. The answers are read
-in tools/top/client.py.
+"""``pidpool top``: a live view of a stats endpoint in the terminal, the family as a tree. The answers are
+read in tools/top/client.py.
 """
 
 from __future__ import annotations
