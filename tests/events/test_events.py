@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 import structlog
-from engines import MakeEngine
+from engines import MakeEngine, pool_of
 from events import LEVELS_AND_FIELDS, Events
 from forking import How, run_in_child
 from parent import Parent
 from sqlalchemy import Connection, Engine, create_engine, exc, text
+from waiting import until
 
 from pidpool import ForeignConnectionError, PidPool, tag_of
 from pidpool.events import logger as event_logger
@@ -62,7 +63,7 @@ def test_every_event_is_complete(tls_url: str, make_engine: MakeEngine, events: 
         checkout.since -= 61
         one.execute(text("insert into kept values ('parent')"))
 
-        def child() -> list[dict[str, Any]]:
+        def child() -> tuple[int, list[dict[str, Any]]]:
             events.clear()
             other.execute(text("select 1"))
             with pytest.raises(exc.OperationalError):
@@ -70,9 +71,9 @@ def test_every_event_is_complete(tls_url: str, make_engine: MakeEngine, events: 
             one.close()
             other.close()
             engine.dispose()
-            return events.all
+            return os.getpid(), events.all
 
-        told_by_child = run_in_child(child)
+        child_pid, told_by_child = run_in_child(child)
         one.commit()
     engine.dispose()
 
@@ -87,9 +88,9 @@ def test_every_event_is_complete(tls_url: str, make_engine: MakeEngine, events: 
         assert event["level"] == level, event
         assert event["pool"] == "main"
         assert began <= event["at"] <= time.time()
-        assert event["pid"] == (event["pid"] if event in told_by_child else os.getpid())
         assert all(type(value) in (str, int, float, bool, type(None)) for value in event.values()), event
-    assert {event["pid"] for event in told_by_child} == {event["pid"] for event in told} - {os.getpid()}
+    assert {event["pid"] for event in events.all} == {os.getpid()}
+    assert {event["pid"] for event in told_by_child} == {child_pid}
 
 
 def test_each_method_is_an_event_of_the_table() -> None:
@@ -175,21 +176,33 @@ def test_a_checkout_tells_how_long_it_waited_and_a_checkin_how_long_it_was_held(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger, pool_size=1, max_overflow=0)
-    held = engine.connect()
     waiting = threading.Thread(target=lambda: engine.connect().close())
-    started = time.perf_counter()
+    read = time.perf_counter
+    begun = read()
+    held = engine.connect()
+    connected = read()
     waiting.start()
-    time.sleep(0.2)
+    until(lambda: pool_of(engine).stats().waiting == 1, "the thread does not wait")
+    waits = read()
+    until(lambda: read() > waits + 0.02, "the clock stands still")
+    returning = read()
     held.close()
+    returned = read()
     waiting.join(10)
-    took = time.perf_counter() - started
+    assert not waiting.is_alive()
+    ended = read()
     (first_out, second_out) = events.of("connection.checked_out")
     (first_in, second_in) = events.of("connection.checked_in")
-    assert first_out["wait_time"] < took
-    assert 0.1 < second_out["wait_time"] < took
-    assert 0.2 <= first_in["use_time"] < took + 1
-    assert second_in["use_time"] < took
-    assert events.the("connection.opened")["create_time"] <= first_out["wait_time"]
+    create_time = events.the("connection.opened")["create_time"]
+    assert 0 < create_time <= first_out["wait_time"] <= micro(connected - begun)
+    assert micro(returning - connected) <= first_in["use_time"] <= micro(returned - begun)
+    assert micro(returning - waits) <= second_out["wait_time"] <= micro(ended - connected)
+    assert 0 < second_in["use_time"] <= micro(ended - returning)
+
+
+def micro(seconds: float) -> float:
+    """Round to microseconds, as events do."""
+    return round(seconds, 6)
 
 
 def test_every_pool_has_a_name_and_keeps_it(tls_url: str, make_engine: MakeEngine) -> None:

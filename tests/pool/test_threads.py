@@ -14,11 +14,12 @@ from typing import Any
 
 import psycopg2
 import pytest
-from engines import MakeEngine
+from engines import MakeEngine, pool_of
 from forking import How, run_in_child
 from parent import Parent, server_pid
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import TimeoutError as CheckoutTimeoutError
+from waiting import until
 
 from pidpool import PidPool, tag_of
 from pidpool.forks import detection, gate
@@ -85,6 +86,13 @@ def test_forks_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine)
     assert engine.pool.checkedout() == 0
 
 
+def five_sleep(engine: Engine) -> bool:
+    """Return whether five threads wait, each past its first short sleep, after which it looks again."""
+    pool = pool_of(engine)
+    waiters = list(pool._pool._waiters)  # type: ignore[attr-defined]
+    return pool.stats().waiting == 5 and all(waiter.is_due for waiter in waiters)
+
+
 def test_forks_in_c_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine) -> None:
     """Threads that wait, on the pool or with a checkout: one that wanted the interpreter's own lock at the
     fork would make any child hang that was forked in C without PyOS_AfterFork_Child()."""
@@ -106,7 +114,7 @@ def test_forks_in_c_while_threads_use_the_pool(tls_url: str, make_engine: MakeEn
         try:
             out.wait()
             with threads(5, lambda number: work(number + 3)):
-                time.sleep(0.3)  # they wait in the pool by now
+                until(lambda: five_sleep(engine), "not all five wait in the pool")
                 children = {run_in_child(use_and_leave, engine, how="c") for _ in range(10)}
                 stop.set()
         finally:
@@ -355,21 +363,43 @@ def test_checkouts_of_other_threads_are_inherited_as_checkouts(
     assert (heard["idle"], heard["checked_out"], heard["in_transaction"]) == (0, 4, 4)
 
 
+@pytest.mark.usefixtures("table")
 def test_threads_of_a_child_share_its_pool(tls_url: str, make_engine: MakeEngine) -> None:
-    engine = make_engine(tls_url, pool_size=2, max_overflow=1)
-    held = engine.connect()
-    number = server_pid(held)
+    """Three threads have all its connections, five wait for one of these three."""
+    engine = make_engine(tls_url, pool_size=2, max_overflow=1, pool_timeout=BOUND)
+    parent = Parent(engine, "in transaction")
 
-    def child() -> int:
-        seen = set()
-        with threads(8, lambda number: seen.add(use(engine))):
-            pass
+    def child() -> tuple[list[int], list[int]]:
+        parent.connection = None
+        out = threading.Barrier(4, timeout=BOUND)
+        go_on = threading.Event()
+        first: list[int] = []
+        later: list[int] = []
+
+        def hold(number: int) -> None:
+            with engine.connect() as connection:
+                first.append(server_pid(connection))
+                out.wait()
+                assert go_on.wait(BOUND)
+
+        with threads(3, hold):
+            try:
+                out.wait()
+                with threads(5, lambda number: later.append(use(engine))):
+                    try:
+                        until(lambda: pool_of(engine).stats().waiting == 5, "not all five wait in the pool")
+                        assert later == []
+                    finally:
+                        go_on.set()
+            finally:
+                go_on.set()
         engine.dispose()
-        return len(seen)
+        return first, later
 
-    assert 1 <= run_in_child(child) <= 8  # overflow is closed and opened again
-    assert server_pid(held) == number
-    held.close()
+    first, later = run_in_child(child)
+    assert len(set(first)) == 3 and parent.server_pid not in first
+    assert len(later) == 5 and set(later) <= set(first)
+    parent.notices_nothing()
 
 
 def test_the_pools_limits_are_exact_with_64_threads(tls_url: str, make_engine: MakeEngine) -> None:
