@@ -18,6 +18,7 @@ from events import Events
 from forking import How, run_in_child
 from parent import Parent
 from sqlalchemy import Connection, Engine, text
+from waiting import until
 
 from pidpool import tag_of
 from pidpool.events import overdue
@@ -36,10 +37,7 @@ def _watchers() -> list[threading.Thread]:
 
 
 def _wait_for(events: Events, name: str, number: int = 1) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 10
-    while len(events.of(name)) < number:
-        assert time.monotonic() < deadline, events.names
-        time.sleep(0.002)
+    until(lambda: len(events.of(name)) >= number, lambda: f"not {number} {name} in {events.names}")
     return events.of(name)
 
 
@@ -163,17 +161,14 @@ def test_the_thread_is_woken_once_and_not_by_every_checkout(
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
     with engine.connect():
-        _until_asleep()
+        until(_is_asleep, "the thread does not sleep")
         for _ in range(100):
             engine.connect().close()
             assert overdue._wake.empty()
 
 
-def _until_asleep() -> None:
-    deadline = time.monotonic() + 10
-    while overdue._next_look == float("inf") or not overdue._wake.empty():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def _is_asleep() -> bool:
+    return overdue._next_look != float("inf") and overdue._wake.empty()
 
 
 @pytest.mark.usefixtures("clean_log")

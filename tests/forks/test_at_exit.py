@@ -3,13 +3,13 @@ the application has, and never to its disadvantage."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import event_logs
 import pytest
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -81,7 +81,7 @@ def run(how: str, postgres: EmbeddedPostgres, log: Path) -> tuple[list[Any], lis
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    told = [json.loads(line) for line in log.read_text().splitlines()]
+    told = event_logs.read(log)
     parent = next((event["pid"] for event in told), None)
     return (
         [event for event in told if event["pid"] == parent],

@@ -12,7 +12,6 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +22,7 @@ from engines import MakeEngine
 from forking import How, run_in_child
 from parent import Parent
 from sqlalchemy import text
+from waiting import until
 
 from pidpool.forks import log_locks
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -160,7 +160,7 @@ def test_a_child_can_log_though_a_line_was_being_written_for_long(
     pipe.fill()
     blocked = threading.Thread(target=other.warning, args=("a line",))
     blocked.start()
-    _wait_until(lambda: _is_in_write(blocked))
+    until(lambda: _is_in_write(blocked), "the thread is not in write(2)")
 
     def child() -> None:
         pipe.let_everything_through()
@@ -211,7 +211,7 @@ def test_a_fork_waits_for_a_line_that_is_being_written() -> None:
     forker = threading.get_ident()
 
     def finish_once_the_fork_waits() -> None:
-        _wait_until(lambda: forker in log_locks._held)
+        until(lambda: forker in log_locks._held, "the fork does not wait for the locks")
         file.go_on.set()
 
     finishing = threading.Thread(target=finish_once_the_fork_waits)
@@ -250,7 +250,7 @@ def test_a_fork_gets_by_who_configures_logging_meanwhile(handlers: list[logging.
     def configure() -> None:
         with module_lock:
             locked.set()
-            _wait_until(lambda: forker in log_locks._held)
+            until(lambda: forker in log_locks._held, "the fork does not wait for the locks")
             assert handler.lock is not None and handler.lock.acquire(timeout=10)
             handler.lock.release()
 
@@ -339,10 +339,3 @@ class _held_by_another_thread:
 def _is_in_write(thread: threading.Thread) -> bool:
     call = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()
     return call[0] in {"1", "64"}  # write(2) on x86-64 and on arm64
-
-
-def _wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)

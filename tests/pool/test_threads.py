@@ -15,13 +15,14 @@ from typing import Any
 import psycopg2
 import pytest
 from engines import MakeEngine, pool_of
+from events import Events
 from forking import How, run_in_child
 from parent import Parent, server_pid
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import TimeoutError as CheckoutTimeoutError
 from waiting import until
 
-from pidpool import PidPool, tag_of
+from pidpool import tag_of
 from pidpool.forks import detection, gate
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -143,7 +144,8 @@ def test_a_fork_waits_for_the_first_connect_of_another_thread(
     postgres: EmbeddedPostgres, make_engine: MakeEngine
 ) -> None:
     creator = SlowCreator(postgres)
-    engine = make_engine("postgresql+psycopg2://", creator=creator)
+    events = Events()
+    engine = make_engine("postgresql+psycopg2://", creator=creator, logger=events.logger)
     forked = threading.Event()
 
     def connect(number: int) -> None:
@@ -151,44 +153,22 @@ def test_a_fork_waits_for_the_first_connect_of_another_thread(
         assert not forked.is_set()
 
     def let_go(number: int) -> None:
-        # Once the fork waits, which shows in the gate.
-        deadline = time.monotonic() + BOUND
-        while not detection._gate._forking:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        until(lambda: detection._gate._forking, "the fork does not wait at the gate")
         creator.go_on.set()
 
     with threads(1, connect):
         assert creator.begun.wait(BOUND)
         with threads(1, let_go):
-            heard = run_in_child(adoption_heard, engine)
+            adopted = run_in_child(use_and_return_adoption, engine, events)
             forked.set()
-    assert heard["connects_in_flight"] == 0
-    assert heard["idle"] + heard["checked_out"] == 1  # the connect was over
+    assert adopted["connects_in_flight"] == 0
+    assert adopted["idle"] + adopted["checked_out"] == 1  # the connect was over
 
 
-def adoption_heard(engine: Engine) -> dict[str, Any]:
-    """Return the fields of `pool.adopted` in a child, which it uses the pool for."""
-    log = Log()
-    pool = engine.pool
-    assert isinstance(pool, PidPool)
-    pool.pool_events._logger._logger = log
-    pool.pool_events._logger._look_up()
+def use_and_return_adoption(engine: Engine, events: Events) -> dict[str, Any]:
+    """Use the pool in a child; return its event `pool.adopted`."""
     use_and_leave(engine)
-    (adopted,) = [fields for event, fields in log.heard if event == "pool.adopted"]
-    return adopted
-
-
-class Log:
-    """A logger that remembers."""
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[str, dict[str, Any]]] = []
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.heard.append((event, fields))
-
-    warning = debug = info
+    return events.the("pool.adopted")
 
 
 @both_hows
@@ -198,17 +178,18 @@ def test_a_fork_waits_no_longer_than_its_bound_and_says_so(
     """The connect in flight is the first one: the child's own must not wait for its mutex."""
     monkeypatch.setattr(gate, "CONNECT_WAIT", 0.3)
     creator = SlowCreator(postgres)
-    engine = make_engine("postgresql+psycopg2://", creator=creator)
+    events = Events()
+    engine = make_engine("postgresql+psycopg2://", creator=creator, logger=events.logger)
     with threads(1, lambda number: use(engine) and None):
         try:
             assert creator.begun.wait(BOUND)
             begun = time.monotonic()
-            heard = run_in_child(adoption_heard, engine, how=how)
+            adopted = run_in_child(use_and_return_adoption, engine, events, how=how)
             assert how == "c" or time.monotonic() - begun >= 0.3
         finally:
             creator.go_on.set()
-    assert heard["connects_in_flight"] == 1
-    assert heard["trigger"] == {"python": "hook", "c": "lazy"}[how]
+    assert adopted["connects_in_flight"] == 1
+    assert adopted["trigger"] == {"python": "hook", "c": "lazy"}[how]
     assert use(engine) > 0
 
 
@@ -337,7 +318,8 @@ def test_a_fork_in_a_signal_handler_wherever_the_pool_is(
 def test_checkouts_of_other_threads_are_inherited_as_checkouts(
     tls_url: str, make_engine: MakeEngine, how: How
 ) -> None:
-    engine = make_engine(tls_url)
+    events = Events()
+    engine = make_engine(tls_url, logger=events.logger)
     ready = threading.Barrier(4, timeout=BOUND)
     done = threading.Event()
     kept: dict[int, tuple[int, Any]] = {}
@@ -356,11 +338,11 @@ def test_checkouts_of_other_threads_are_inherited_as_checkouts(
         try:
             ready.wait()
             parent = Parent(engine, "in transaction")
-            heard = run_in_child(adoption_heard, engine, how=how)
+            adopted = run_in_child(use_and_return_adoption, engine, events, how=how)
         finally:
             done.set()
         parent.notices_nothing()
-    assert (heard["idle"], heard["checked_out"], heard["in_transaction"]) == (0, 4, 4)
+    assert (adopted["idle"], adopted["checked_out"], adopted["in_transaction"]) == (0, 4, 4)
 
 
 @pytest.mark.usefixtures("table")

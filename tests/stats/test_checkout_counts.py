@@ -6,13 +6,13 @@ import gc
 import os
 import signal
 import threading
-import time
 from typing import Any
 
 import pytest
-from forking import How, fork, run_in_child
+from forking import How, fork, has_ended, run_in_child
 from sqlalchemy import event, exc
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+from waiting import until
 
 from pidpool import PidPool
 from pidpool._sqlalchemy.idle_queue import IdleQueue
@@ -140,7 +140,7 @@ def test_a_child_forked_by_a_handler_in_a_waiting_thread_goes_on_with_its_own(
     children: list[int] = []
 
     def let_in() -> None:
-        time.sleep(0.3)
+        until(lambda: pool.stats().waiting == 1, "the thread does not wait")
         os.kill(own, signal.SIGUSR1)
 
     def handle(*_: Any) -> None:
@@ -167,13 +167,11 @@ def test_a_child_forked_by_a_handler_in_a_waiting_thread_goes_on_with_its_own(
         os.close(writer)
     assert held(again).number == 1
     child = children[0]
-    deadline = time.monotonic() + 10
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            pytest.fail("the child waits for a connection of its parent's")
-        time.sleep(0.01)
+    try:
+        until(lambda: has_ended(child), "the child waits for a connection of its parent's", 10)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert os.read(reader, 1) == b"1"
     os.close(reader)
     assert pool.stats().waiting == 0

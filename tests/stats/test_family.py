@@ -19,6 +19,7 @@ from engines import MakeEngine
 from events import Events
 from forking import How, fork, run_in_child
 from sqlalchemy import event, exc, text
+from waiting import until
 
 from pidpool import PidPool
 from pidpool.stats import family as family_module
@@ -77,13 +78,6 @@ def living_child(function: Callable[[], None], how: How = "python") -> Iterator[
             os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, 0)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.005)
 
 
 # -- one process
@@ -153,7 +147,7 @@ def test_a_waiting_thread_is_counted() -> None:
     held = pool.connect()
     thread = threading.Thread(target=use, args=(pool,))
     thread.start()
-    wait_for(lambda: pool.stats().waiting == 1)
+    until(lambda: pool.stats().waiting == 1, "the thread does not wait")
     held.close()
     thread.join(10)
     stats = pool.stats()
@@ -357,10 +351,10 @@ def test_a_killed_process_is_seen_with_what_it_counted() -> None:
         held.append(pool.connect())
 
     with living_child(child) as pid:
-        wait_for(lambda: counted(pool, pid) == (8, 7))
+        until(lambda: counted(pool, pid) == (8, 7), "the child's checkouts are not counted")
         assert process(pool.family_stats(), pid).used == 1
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not process(pool.family_stats(), pid).alive)  # a zombie has ended
+        until(lambda: not process(pool.family_stats(), pid).alive, "a zombie counts as alive")
     killed = process(pool.family_stats(), pid)
     assert not killed.alive and killed.used == 0
     assert (killed.counters.checkouts, killed.counters.checkins) == (8, 7)
@@ -430,8 +424,8 @@ def test_more_processes_than_rows_are_counted(monkeypatch: pytest.MonkeyPatch) -
     with contextlib.ExitStack() as children:
         for _ in range(5):
             children.enter_context(living_child(child))
-        wait_for(lambda: pool.family_stats().counters.checkouts == 4)
-        wait_for(lambda: pool.family_stats().unlisted == 3)
+        until(lambda: pool.family_stats().counters.checkouts == 4, "not 4 checkouts")
+        until(lambda: pool.family_stats().unlisted == 3, "not 3 processes without a page")
         assert pool.family_stats().alive == 3
 
 
@@ -519,8 +513,8 @@ def test_who_executes_another_program_is_of_the_family_no_more() -> None:
         os.close(writer)
         os.execvp("cat", ["cat"])
     os.close(reader)
-    wait_for(lambda: os.readlink(f"/proc/{pid}/exe") != os.readlink("/proc/self/exe"))
-    wait_for(lambda: not process(pool.family_stats(), pid).alive)  # its stack comes a moment later
+    until(lambda: os.readlink(f"/proc/{pid}/exe") != os.readlink("/proc/self/exe"), "no exec")
+    until(lambda: not process(pool.family_stats(), pid).alive, "it counts as alive after exec")
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)  # it runs
     assert pool.family_stats().maximum == 15
     os.close(writer)
@@ -706,5 +700,5 @@ def test_counters_add_up() -> None:
 def test_a_fork_in_c_is_in_the_family_from_its_first_use() -> None:
     pool = fake_pool()
     with living_child(lambda: use(pool), how="c") as pid:
-        wait_for(lambda: counted(pool, pid) == (1, 1))
+        until(lambda: counted(pool, pid) == (1, 1), "the child's checkout is not counted")
         assert process(pool.family_stats(), pid).parent_pid == os.getpid()

@@ -10,16 +10,19 @@ PATIENCE = 60.0
 
 
 def until(
-    condition: Callable[[], Any], what: str, patience: float = PATIENCE, interval: float = 0.005
+    condition: Callable[[], Any],
+    failure: str | Callable[[], str],
+    patience: float = PATIENCE,
+    interval: float = 0.005,
 ) -> Any:
     """Return the first true value of `condition()`, called every `interval` seconds.
 
-    Fail with `what` after `patience` seconds.
+    Fail with `failure`, or with what it returns then, after `patience` seconds.
     """
     deadline = time.monotonic() + patience
     while True:
         found = condition()
         if found:
             return found
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, failure if isinstance(failure, str) else failure()
         time.sleep(interval)
