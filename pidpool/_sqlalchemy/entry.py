@@ -6,37 +6,40 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
+from pidpool.drivers import driver_of
 from pidpool.events.pool_events import PoolEvents
 from pidpool.events.watched_checkout import WatchedCheckout
-from pidpool.forks import detection
+from pidpool.forks import detection, ownership, severing
 from pidpool.forks.detection import FORKED, fork_state
 from pidpool.forks.ownership import Checkout, OwnedConnection
 from pidpool.stats.process_counters import SCRATCH, ProcessCounters, write_connection
 from pidpool.tag import ConnectionTag
-from pidpool.terms import CloseReason
+from pidpool.terms import CloseReason, InheritedSockets
 
 
 class PoolOfEntries(Protocol):
     """The pool of an entry, as far as the entry needs it."""
 
     pool_events: PoolEvents
+    inherited_sockets: InheritedSockets
 
 
 class PidPoolEntry(_ConnectionRecord):
     """One entry of a pool: SQLAlchemy's `ConnectionPoolEntry`.
 
-    In a child `is_inherited` is set for every entry of the parent's. Such an entry is not counted there and
+    In a child `inherited` is set for every entry of the parent's. Such an entry is not counted there and
     never goes back into the pool.
     """
 
     __slots__ = (
         "owned",
-        "is_inherited",
+        "inherited",
         "close_reason",
         "watched",
         "out_since",
@@ -48,7 +51,7 @@ class PidPoolEntry(_ConnectionRecord):
 
     owned: OwnedConnection | None
     """The connection that it held last; `owned_now` if it still holds it."""
-    is_inherited: bool
+    inherited: bool
     close_reason: CloseReason
     """Why its connection is closed, if it is closed next."""
     watched: WatchedCheckout | None
@@ -62,7 +65,7 @@ class PidPoolEntry(_ConnectionRecord):
 
     def __init__(self, pool: PoolOfEntries, connect: bool = True) -> None:
         self.owned = None
-        self.is_inherited = False
+        self.inherited = False
         self.close_reason = "recycled"
         self.watched = None
         self.out_since = 0
@@ -71,17 +74,45 @@ class PidPoolEntry(_ConnectionRecord):
         self.slot_number, self.slot = counters.assign_slot(self)
         super().__init__(cast(Any, pool), connect)
 
-    def __del__(self) -> None:
-        self.counters.release_slot(self)
-
     # -- which connection it holds
+
+    def open(self, create: Callable[[Any], Any]) -> Any:
+        """Open a connection and note that this process owns it, before anything else is done with it.
+
+        :param create: SQLAlchemy's function that opens one for an entry.
+        """
+        connection = create(self)
+        sever = self.pidpool.inherited_sockets == "sever"
+        self.own(ownership.tag_connection(connection, self, sever=sever))
+        severing.prepare_to_sever()
+        try:
+            # One statement, once in a family, before the application has the connection.
+            self.pool_events.family.learn_server_max_connections(
+                lambda: driver_of(connection).max_connections(connection)
+            )
+        except Exception:
+            self.pidpool.logger.debug("The server's max_connections could not be read", exc_info=True)
+        return connection
 
     def mark_inherited(self) -> None:
         """Note, in a child, that this entry is the parent's, and so is the memory where it counts."""
-        self.is_inherited = True
+        self.inherited = True
         self.slot = SCRATCH
         self.slot_number = self.out_since = 0
         self.watched = None
+
+    def take_part_again(self) -> None:
+        """Register the entry anew if it was collected in a cycle with its checkout, which resurrects it.
+
+        Its weak references are gone then: no list would have it, and no child would find it.
+        """
+        if self.counters.has_slot(self):
+            return
+        self.slot_number, self.slot = self.counters.assign_slot(self)
+        owned = self.owned_now
+        if owned is not None:
+            owned.renew(self.dbapi_connection, self)
+            write_connection(self.slot, owned.tag)
 
     def own(self, owned: OwnedConnection) -> None:
         """Note which connection the entry holds from now on."""
@@ -176,7 +207,7 @@ class PidPoolEntry(_ConnectionRecord):
     def _let_go_if_inherited(self) -> bool:
         if fork_state[0] == FORKED:
             detection.notice_fork()
-        if not self.is_inherited:
+        if not self.inherited:
             return False
         self.finalize_callback.clear()
         self.dbapi_connection = None
