@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from parent import Parent, server_pid
@@ -15,6 +16,15 @@ from pidpool import ForeignConnectionError, PidPool, tag_of
 
 STATES = ["idle", "no transaction", "in transaction", "detached", "detached in transaction"]
 POLICIES = ["replace", "refuse"]
+
+
+def raises_foreign(connection: Any, statement: str = "select 1") -> ForeignConnectionError:
+    """Check that an inherited connection refuses a statement; return the error of the refusal."""
+    with pytest.raises(OperationalError) as caught:
+        connection.execute(text(statement))
+    assert caught.value.connection_invalidated
+    assert isinstance(caught.value.orig, ForeignConnectionError)
+    return caught.value.orig
 
 
 class Child:
