@@ -3,7 +3,6 @@ more when it comes back; in a forked child as well."""
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import inspect
 import threading
@@ -223,6 +222,7 @@ def test_it_works_in_a_child_and_the_parents_go_on(
     parent.notices_nothing()
 
 
+@pytest.mark.usefixtures("clean_log")
 def test_a_grandchild_has_a_thread_of_its_own(tls_url: str, make_engine: MakeEngine, events: Events) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=SHORT)
 
@@ -236,13 +236,13 @@ def test_a_grandchild_has_a_thread_of_its_own(tls_url: str, make_engine: MakeEng
 
     def child() -> list[int]:
         own = overdue_once()
-        faulthandler.cancel_dump_traceback_later()  # its thread would not be there in the grandchild
         return [own, run_in_child(overdue_once), detection.process_pid()]
 
     own, grandchilds, pid = run_in_child(child)
     assert own == pid != grandchilds
 
 
+@pytest.mark.usefixtures("clean_log")
 def test_a_thread_that_can_not_be_started_is_tried_again(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:

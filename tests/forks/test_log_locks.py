@@ -179,7 +179,7 @@ def test_a_child_can_log_though_a_line_was_being_written_for_long(
     parent.notices_nothing()
 
 
-@pytest.mark.usefixtures("clean_log")
+@pytest.mark.usefixtures("table", "clean_log")
 @pytest.mark.parametrize("how", HOWS)
 def test_a_child_can_log_to_a_queue_whose_lock_was_taken(
     tls_url: str,
@@ -193,13 +193,14 @@ def test_a_child_can_log_to_a_queue_whose_lock_was_taken(
     log = logging.getLogger("application")
     handlers += [logging.handlers.QueueHandler(lines), logging.handlers.QueueHandler(lines)]
     engine = make_engine(tls_url, logger=log)
-    engine.connect().close()
+    parent = Parent(engine, "idle")
     with _held_by_another_thread(lines.mutex):
         got = run_in_child(
             lambda: (engine.dispose(), log.warning("a line"), lines.qsize())[2], how=how, life=10
         )
     assert got >= 2
     assert not lines.mutex.locked()
+    parent.notices_nothing()
 
 
 def test_a_fork_waits_for_a_line_that_is_being_written() -> None:
@@ -283,6 +284,7 @@ def test_the_parent_has_its_locks_back_after_forks_in_two_threads() -> None:
     file.close()
 
 
+@pytest.mark.usefixtures("table", "clean_log")
 def test_what_a_child_has_written_before_it_used_a_pool_stays(
     tmp_path: Path, tls_url: str, make_engine: Any
 ) -> None:
@@ -290,7 +292,7 @@ def test_what_a_child_has_written_before_it_used_a_pool_stays(
     file = (tmp_path / "log").open("w")
     structlog.PrintLogger(file)
     engine = make_engine(tls_url)
-    engine.connect().close()
+    parent = Parent(engine, "idle")
 
     def child() -> None:
         file.write("not flushed yet\n")
@@ -300,6 +302,7 @@ def test_what_a_child_has_written_before_it_used_a_pool_stays(
     run_in_child(child, how="c")
     file.close()
     assert (tmp_path / "log").read_text() == "not flushed yet\n"
+    parent.notices_nothing()
 
 
 def test_a_child_drops_what_the_parent_had_not_flushed_of_a_line(

@@ -95,6 +95,7 @@ def read(pool: PidPool) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.usefixtures("clean_log")
 def test_every_option_is_kept(tls_url: str, make_engine: MakeEngine) -> None:
     engine = make_engine(tls_url, **options(logger=Events().logger))
     heard: list[str] = []
@@ -124,6 +125,7 @@ def test_every_option_is_kept(tls_url: str, make_engine: MakeEngine) -> None:
     assert read(engine.pool) == before
 
 
+@pytest.mark.usefixtures("clean_log")
 def test_a_logger_given_goes_on_hearing_after_dispose_and_in_a_child(
     tls_url: str, make_engine: MakeEngine
 ) -> None:
