@@ -1,4 +1,4 @@
-"""Every event, with all its fields and at its level: told once, in the user's own structlog
+"""Every event, with all its fields and at its level: logged once, in the user's own structlog
 configuration and context, and never with a secret in it."""
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_every_event_is_complete(tls_url: str, make_engine: MakeEngine, events: 
     for event in told:
         level, fields = LEVELS_AND_FIELDS[event["event"]]
         if event.get("state") == "no transaction":
-            level = "info"  # nobody can be hurt by that one
+            level = "info"  # it does no harm
         assert event.keys() == fields | {"event", "level", "pool", "pid", "at"}
         assert event["level"] == level, event
         assert event["pool"] == "main"
@@ -174,7 +174,7 @@ def test_the_end_of_a_connection_has_its_reason(
     assert (closed["reason"], closed["connection_id"]) == (reason, tag.connection_id)
 
 
-def test_a_checkout_tells_how_long_it_waited_and_a_checkin_how_long_it_was_held(
+def test_a_checkout_logs_its_wait_time_and_a_checkin_its_use_time(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger, pool_size=1, max_overflow=0)
@@ -227,7 +227,7 @@ def test_every_pool_has_a_name_and_keeps_it(tls_url: str, make_engine: MakeEngin
 
 @pytest.mark.usefixtures("table", "clean_log")
 @pytest.mark.parametrize("how", ["python", "c"])
-def test_a_leak_is_told_with_both_pids(
+def test_a_leak_is_logged_with_both_pids(
     tls_url: str, make_engine: MakeEngine, events: Events, how: How
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
@@ -271,7 +271,7 @@ def test_a_leak_is_told_with_both_pids(
         "connection.checked_in",
     ]
 
-    # The parent tells at its own next use; of a fork in C it can't know.
+    # The parent logs at its own next use; it does not notice a fork in C.
     assert events.all == []
     parent.notices_nothing()
     engine.connect().close()
@@ -279,7 +279,7 @@ def test_a_leak_is_told_with_both_pids(
     assert len(forked) == (how == "python")
     for event in forked:
         assert (event["idle"], event["checked_out"], event["in_transaction"]) == (1, 1, 1)
-        # Each by the hook in its own process, of which either may be first; and not when they were told of.
+        # The times are the hooks', of which either may be first, and not those of the log lines.
         assert max(event["at"], adopted["at"]) <= noticed_by
 
 
@@ -315,7 +315,7 @@ def test_a_fork_is_before_all_that_the_child_does_also_if_the_child_is_ahead(
 
 @pytest.mark.usefixtures("table", "clean_log")
 @pytest.mark.parametrize("how", ["python", "c"])
-def test_what_a_child_inherited_is_told_before_it_is_refused(
+def test_an_inherited_connection_is_logged_before_it_is_refused(
     tls_url: str, make_engine: MakeEngine, events: Events, how: How
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger)
@@ -432,7 +432,7 @@ def test_events_have_what_the_application_bound(
     connection.close()
 
 
-def test_what_a_finalizer_tells_is_told_at_the_next_use_in_its_own_context(
+def test_the_events_of_a_finalizer_are_logged_at_the_next_use_in_its_own_context(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger)
@@ -452,7 +452,7 @@ def test_what_a_finalizer_tells_is_told_at_the_next_use_in_its_own_context(
 
 
 @pytest.mark.usefixtures("table", "clean_log")
-def test_a_child_does_not_tell_what_the_parent_had_still_to_tell(
+def test_a_child_does_not_log_the_waiting_events_of_its_parent(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger)
@@ -534,7 +534,7 @@ def test_every_wrapper_of_structlog_will_do(
     assert events.names == ["connection.opened", "connection.checked_out", "connection.checked_in"]
 
 
-def test_a_checkout_knows_at_once_whether_debug_events_are_heard() -> None:
+def test_a_checkout_knows_at_once_whether_debug_events_are_enabled() -> None:
     pidpool_logger = logging.getLogger("pidpool")
     stdlib = {
         "logger_factory": structlog.stdlib.LoggerFactory(),
@@ -547,7 +547,7 @@ def test_a_checkout_knows_at_once_whether_debug_events_are_heard() -> None:
         return of_structlog.is_enabled(), given.is_enabled()
 
     try:
-        assert heard() == (False, True)  # who hands in structlog's own unconfigured logger gets its defaults
+        assert heard() == (False, True)  # structlog's own logger, not configured, has its defaults
         pidpool_logger.setLevel(logging.DEBUG)
         assert heard() == (True, True)
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
@@ -582,7 +582,7 @@ def test_a_checkout_knows_at_once_whether_debug_events_are_heard() -> None:
 
 def test_structlog_may_keep_its_configuration_elsewhere_one_day(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_logger, "_configuration", event_logger._AskedConfiguration())
-    test_a_checkout_knows_at_once_whether_debug_events_are_heard()
+    test_a_checkout_knows_at_once_whether_debug_events_are_enabled()
 
 
 class UsesThePool(logging.Handler):
@@ -617,7 +617,7 @@ def test_a_log_handler_may_use_the_pool(tls_url: str, make_engine: MakeEngine, t
             pool = engine.pool
             engine.dispose()
             logger.removeHandler(handler)
-            pool.dispose()  # of what the handler has opened to keep the end of its own pool
+            pool.dispose()  # closes what the handler opened for the events of dispose()
             return handler.kept
 
         told = run_in_child(child)
@@ -643,7 +643,7 @@ class Broken:
 
 
 class BrokenInside(structlog.BoundLogger):  # type: ignore[misc]
-    """Fails before it is asked to log anything."""
+    """Fails before it logs anything."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("wrongly configured")
@@ -676,7 +676,7 @@ def test_a_logger_that_fails_costs_an_event_and_no_connection(
     assert told.out == ""
 
 
-def test_nobody_hears_of_a_failing_logger_where_logging_is_told_so(
+def test_a_failing_logger_is_not_reported_if_logging_is_set_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)

@@ -1,4 +1,4 @@
-"""A checkout that lasts longer than `hold_warning` seconds is told of once while it lasts, and once
+"""A checkout that lasts longer than `hold_warning` seconds is logged once while it lasts, and once
 more when it comes back; in a forked child as well."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _wait_for(events: Events, name: str, number: int = 1) -> list[dict[str, Any]
     return events.of(name)
 
 
-def test_an_overdue_checkout_is_told_once_with_its_place_and_context(
+def test_an_overdue_checkout_is_logged_once_with_its_place_and_context(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=SHORT)
@@ -62,10 +62,10 @@ def test_an_overdue_checkout_is_told_once_with_its_place_and_context(
     assert second["connection_id"] == tag.connection_id and second["use_time"] >= told["held"]
     assert second["where"] == told["where"] and second["hold_warning"] == SHORT
     assert first["connection_id"] != tag.connection_id
-    assert "request_id" not in second  # that one is told where the connection comes back
+    assert "request_id" not in second  # logged in the context in which the connection comes back
 
 
-def test_a_checkout_that_comes_back_in_time_is_told_of_by_nobody(
+def test_a_checkout_that_comes_back_in_time_is_not_logged(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=0.5)
@@ -77,7 +77,7 @@ def test_a_checkout_that_comes_back_in_time_is_told_of_by_nobody(
     assert len(events.of("checkout.overdue")) == len(events.of("checkout.returned_late")) == 1
 
 
-def test_who_returns_it_tells_where_the_thread_has_not_come_round_to_it(
+def test_the_checkin_logs_it_if_the_thread_has_not_come_round_to_it(
     tls_url: str, make_engine: MakeEngine, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when something holds the GIL for long."""
@@ -92,7 +92,9 @@ def test_who_returns_it_tells_where_the_thread_has_not_come_round_to_it(
     assert late[0]["request_id"] == "r-1" and late[0]["held"] == late[1]["use_time"] > 61
 
 
-def test_of_two_that_would_tell_one_does(tls_url: str, make_engine: MakeEngine, events: Events) -> None:
+def test_of_two_threads_that_would_log_it_one_does(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
     for _ in range(50):
         connection = engine.connect()
@@ -115,7 +117,7 @@ def test_of_two_that_would_tell_one_does(tls_url: str, make_engine: MakeEngine, 
 def _drop(engine: Engine, connections: list[Connection]) -> None:
     connections.clear()
     gc.collect()
-    engine.pool.status()  # what a finalizer tells is told at the next use
+    engine.pool.status()  # the events of a finalizer are logged at the next use
 
 
 def _detach(engine: Engine, connections: list[Connection]) -> None:
@@ -205,7 +207,7 @@ def test_it_works_in_a_child_and_the_parents_go_on(
         parent.connection = None
         with engine.connect():
             _wait_for(events, "checkout.overdue")
-        # An inherited checkout is watched from where it goes on with a connection of the child's own.
+        # An inherited checkout is watched as soon as it has a connection of the child's own.
         carried.execute(text("select 1"))
         _wait_for(events, "checkout.overdue", 2)
         carried.close()

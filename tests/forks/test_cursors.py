@@ -35,7 +35,7 @@ def test_a_streamed_result_stays_the_parents(
     def child() -> None:
         connection, result, numbers = holder
         if action == "fetch":
-            # What the driver had fetched already is there; for more it would need the server.
+            # The rows that the driver had fetched are there; for more it would need the server.
             with pytest.raises(OperationalError) as caught:
                 for _ in numbers:
                     pass

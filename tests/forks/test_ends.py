@@ -91,7 +91,7 @@ def test_a_child_that_ends_as_python_programs_end(tls_url: str, how: How, use: s
 def test_what_a_child_forked_in_c_collects_before_it_notices_is_severed(
     tls_url: str, make_engine: MakeEngine, what: str
 ) -> None:
-    """Weak references go before the destructors: nobody finds such a connection afterwards, and its
+    """Weak references go before the destructors: the takeover can't find such a connection, and its
     descriptor would keep the server's session when the parent is killed."""
     kept: list[Any] = [make_engine(tls_url).pool.recreate()]
     parent = kept[0].connect()

@@ -1,5 +1,5 @@
 """A fork never lands inside a log line: a child finds every writer free, whichever the application
-logs through, and its log does not stop there."""
+uses, and its log does not stop there."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_no_child_hangs_while_eight_threads_log(postgres: EmbeddedPostgres, writ
 
 
 class Pipe:
-    """A file that blocks who writes to it, once it is full. A child that puts something else in its
-    place can write, as long as nothing but the pipe holds it up."""
+    """A file that blocks its writer once it is full. A child that puts something else in its place can
+    write, as long as nothing but the pipe blocks it."""
 
     def __init__(self) -> None:
         self.reader, writer = os.pipe()
@@ -224,7 +224,7 @@ def test_a_fork_waits_for_a_line_that_is_being_written() -> None:
 
 
 class SlowFile:
-    """Stops in the middle of a line until it is told to go on."""
+    """Stops in the middle of a line until `go_on` is set."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -240,7 +240,7 @@ class SlowFile:
         pass
 
 
-def test_a_fork_gets_by_who_configures_logging_meanwhile(handlers: list[logging.Handler]) -> None:
+def test_a_fork_passes_a_thread_that_configures_logging(handlers: list[logging.Handler]) -> None:
     """logging.config takes the module's lock, then each handler's; the stdlib's own hook the former."""
     handler = logging.StreamHandler()
     handlers.append(handler)
@@ -308,7 +308,7 @@ def test_what_a_child_has_written_before_it_used_a_pool_stays(
 def test_a_child_drops_what_the_parent_had_not_flushed_of_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else both would write it."""
+    """Otherwise both would write it."""
     monkeypatch.setattr(log_locks, "LOG_LINE_WAIT", 0.1)
     file = (tmp_path / "log").open("wb")
     log = structlog.BytesLogger(file)

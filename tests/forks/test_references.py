@@ -1,4 +1,4 @@
-"""What refers to an inherited connection: sessions, pooled connections, and every method of these."""
+"""Objects that refer to an inherited connection: sessions, pooled connections, and all their methods."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ DOORS = {
 @both_hows
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("door", DOORS)
-def test_every_door_of_a_pooled_connection_asks_whose_it_is(engine: Engine, door: str, how: How) -> None:
+def test_every_door_of_a_pooled_connection_checks_its_owner(engine: Engine, door: str, how: How) -> None:
     parent = Parent(engine, "in transaction")
 
     def child() -> None:

@@ -55,7 +55,7 @@ def test_a_replacement_has_the_settings_of_the_inherited_connection(
         assert settings_seen(connection) == seen
         assert server_pid(connection) != number
         connection.close()
-        # Back in the pool, it is as any other: what SQLAlchemy undoes at a checkin was undone.
+        # Back in the pool it is as any other: SQLAlchemy has reset it at the checkin.
         with engine.connect() as again:
             assert settings_seen(again) == before
         engine.dispose()
@@ -112,7 +112,7 @@ def test_info_is_of_the_connection_that_is_there(engine: Engine, how: How) -> No
 
 @both_hows
 def test_a_replacement_waits_its_turn_and_may_fail(tls_url: str, make_engine: MakeEngine, how: How) -> None:
-    """The error is what SQLAlchemy makes of it when it reconnects; the next use tries again."""
+    """The error is the same as when SQLAlchemy reconnects; the next use tries again."""
     engine = make_engine(tls_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
     parent = Parent(engine, "no transaction")
     refused = []

@@ -1,4 +1,4 @@
-"""The descriptors of inherited connections: severed, and left alone if they are something else already."""
+"""The descriptors of inherited connections are severed, or left alone if they are something else already."""
 
 from __future__ import annotations
 

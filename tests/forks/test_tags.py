@@ -1,4 +1,4 @@
-"""`tag_of()`: whose a connection is, in the parent and in the child."""
+"""`tag_of()`: the owner of a connection, as the parent and the child see it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transactions of other shapes, two-phase and nested: whatever the child does, they stay the parent's."""
+"""Two-phase and nested transactions stay the parent's, whatever the child does."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def serve_and_check(
     mark: int,
     workers: int = 2,
 ) -> None:
-    """Ask workers for what uses the pool and what uses the parent's connection, until all have done so."""
+    """Have the workers use the pool and the parent's connection, until all have used both."""
     first = ask("pool")
     session = HeldSession(observer, first["held_server_pid"])
     used_held: set[int] = set()
@@ -230,7 +230,7 @@ def test_celery_prefork(
     ]
     environment = {"DB_URL": postgres.url(tls=True), "CELERY_FILES": str(tmp_path), "CELERY_HOLDS": "1"}
     with server(arguments, tmp_path, **environment):
-        # Celery chooses who gets a task, and may give all of them to one.
+        # Celery may give all tasks to one worker.
         serve_and_check(ask, observer, postgres, mark, workers=1)
     assert rows(observer) == ["parent"]
 
@@ -239,7 +239,7 @@ _engine: Engine
 
 
 def _end_well() -> None:
-    # These workers end by os._exit(), after what is registered here.
+    # These workers end by os._exit(), after the finalizers that are registered here.
     multiprocessing.util.Finalize(None, _engine.dispose, exitpriority=10)
 
 

@@ -126,9 +126,7 @@ def test_every_option_is_kept(tls_url: str, make_engine: MakeEngine) -> None:
 
 
 @pytest.mark.usefixtures("clean_log")
-def test_a_logger_given_goes_on_hearing_after_dispose_and_in_a_child(
-    tls_url: str, make_engine: MakeEngine
-) -> None:
+def test_a_given_logger_is_kept_after_dispose_and_in_a_child(tls_url: str, make_engine: MakeEngine) -> None:
     events = Events()
     engine = make_engine(tls_url, logger=events.logger)
 

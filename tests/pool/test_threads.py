@@ -1,5 +1,5 @@
-"""Forks in processes with threads: what another thread is in the middle of must neither hang the child nor
-the fork, and the pool's own limits hold."""
+"""Forks in processes with threads: whatever another thread is doing, neither the child nor the fork hangs,
+and the pool's own limits hold."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BOUND = 30.0
 
 @contextmanager
 def threads(count: int, work: Callable[[int], None]) -> Iterator[None]:
-    """Run `work(number)` in so many threads; the body may let them go on for as long as it wants."""
+    """Run `work(number)` in so many threads; the body may let them go on as long as it needs."""
     failures: list[BaseException] = []
 
     def run(number: int) -> None:
@@ -125,7 +125,7 @@ def test_forks_in_c_while_threads_use_the_pool(tls_url: str, make_engine: MakeEn
 
 
 class SlowCreator:
-    """Opens connections, but not before it is told to."""
+    """Opens connections, in the parent not before `go_on` is set."""
 
     def __init__(self, postgres: EmbeddedPostgres) -> None:
         self.begun = threading.Event()
@@ -260,7 +260,7 @@ def test_connecting_threads_that_fork_do_not_wait_for_each_other(
         return psycopg2.connect(tls_url.replace("+psycopg2", ""))
 
     engine = make_engine("postgresql+psycopg2://", creator=creator)
-    engine.dialect.initialize = lambda connection: None  # else the first connects alone
+    engine.dialect.initialize = lambda connection: None  # otherwise the first connects alone
     begun = time.monotonic()
     with threads(4, lambda number: use(engine) and None):
         pass
@@ -433,7 +433,7 @@ def test_a_child_forked_inside_a_creator_leaves_the_parents_gate_alone(tls_url: 
         holder = threading.Thread(target=hold)
         holder.start()
         assert held.wait(BOUND)
-        if how == "python":  # whose hook waits for the lock, for a bounded time and then without it
+        if how == "python":  # its hook waits for the lock, for a bounded time
             let_go.set()
         run_in_child(connecting.__exit__, None, None, None, how=how, life=10)
         let_go.set()

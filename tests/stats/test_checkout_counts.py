@@ -22,7 +22,7 @@ BOUND = 30.0
 
 
 class Connection:
-    """A connection of a driver that does nothing, except fail when it is told to."""
+    """A connection of a driver that does nothing, and fails if `fails` is set."""
 
     def __init__(self, number: int, told: list[Any]) -> None:
         self.number = number
@@ -45,7 +45,7 @@ class Connection:
 
 
 class Driver:
-    """Opens connections, and notes all that is done with them, in order."""
+    """Opens connections, and records in order what is done with them."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []
@@ -69,7 +69,7 @@ class Refused(Exception):
 
 
 def test_a_failed_checkout_that_lives_on_does_not_return_anybody_elses() -> None:
-    """The traceback of the error has it, for as long as somebody keeps that."""
+    """The error's traceback refers to it, as long as the error is kept."""
     pool = PidPool(Driver(), pool_size=1, max_overflow=0, timeout=0)
 
     def refuse(*_: Any) -> None:
@@ -111,7 +111,7 @@ def test_an_item_handed_to_a_thread_that_is_interrupted_goes_to_the_next() -> No
     queue: IdleQueue[str] = IdleQueue(1)
 
     def interrupt(*_: Any) -> None:
-        # What another thread that returns a connection does, one step before this one can go on.
+        # As another thread does that returns a connection, one step before this one can go on.
         waiter = queue._waiters.popleft()
         waiter.hand("item")
         raise Interrupted
@@ -144,7 +144,7 @@ def test_a_child_forked_by_a_handler_in_a_waiting_thread_goes_on_with_its_own(
         os.kill(own, signal.SIGUSR1)
 
     def handle(*_: Any) -> None:
-        # The child returns from here, to where its parent was.
+        # The child returns from here into the wait that its parent was in.
         pid = fork(how)
         if pid:
             children.append(pid)

@@ -1,4 +1,4 @@
-"""Stats of one process and of a whole family: exact counts, whoever forks, exits or is killed."""
+"""Stats of one process and of a whole family: exact counts, whichever process forks, exits or is killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pidpool.stats.snapshots import BOUNDS, Counters, FamilyStats, Histogram
 
 
 class FakeConnection:
-    """A driver's connection without a server, for what needs very many."""
+    """A driver's connection without a server, for tests with very many."""
 
     def rollback(self) -> None: ...
 
@@ -84,7 +84,7 @@ def living_child(function: Callable[[], None], how: How = "python") -> Iterator[
 # -- one process
 
 
-def test_a_snapshot_tells_what_the_pool_does(tls_url: str, make_engine: MakeEngine) -> None:
+def test_a_snapshot_shows_the_state_of_the_pool(tls_url: str, make_engine: MakeEngine) -> None:
     engine = make_engine(tls_url, pool_size=2, max_overflow=1, pool_timeout=0.05)
     pool = engine.pool
     assert isinstance(pool, PidPool)
@@ -221,7 +221,7 @@ def test_a_clock_that_was_set_back_makes_nothing_negative(monkeypatch: pytest.Mo
 
 
 def quiescent(pool: PidPool) -> None:
-    """What the stats say is what the pool says, when nobody uses it."""
+    """The stats and the pool itself agree while no thread uses it."""
     stats = pool.stats()
     idle = [record for record in pool._pool.queue if record.dbapi_connection is not None]
     assert (stats.used, stats.idle) == (pool.checkedout(), len(idle)), pool.status()
@@ -405,7 +405,7 @@ def test_dispose_goes_on_with_the_counts(tls_url: str, make_engine: MakeEngine) 
     assert stats.counters.checkouts == 4 and len(stats.processes) == 2
 
 
-def test_who_ended_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ended_process_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family_module, "BLOCKS", 4)
     monkeypatch.setattr(family_module, "ENDED_LISTED", 2)
     pool = fake_pool()
@@ -445,7 +445,7 @@ def test_a_reused_pid_is_another_process() -> None:
     assert [each.alive for each in processes] == [False, True]
 
 
-def test_who_is_killed_while_joining_blocks_nobody() -> None:
+def test_a_process_killed_while_joining_blocks_no_other() -> None:
     memory = Family(5, 10)
     memory.join()
     pid = os.fork()
@@ -461,7 +461,9 @@ def test_who_is_killed_while_joining_blocks_nobody() -> None:
     assert time.monotonic() - started < 10
 
 
-def test_who_is_killed_at_any_instruction_of_joining_changes_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_killed_at_any_instruction_of_joining_changes_no_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One child for each (in short: each fifth) instruction, killed there while it takes the row of a
     process that has ended."""
     monkeypatch.setattr(family_module, "BLOCKS", 2)
@@ -509,7 +511,7 @@ def test_who_is_killed_at_any_instruction_of_joining_changes_no_sum(monkeypatch:
     assert instruction > 500 and not killed
 
 
-def test_who_executes_another_program_is_of_the_family_no_more() -> None:
+def test_a_process_that_executes_another_program_has_left_the_family() -> None:
     pool = fake_pool()
     use(pool)
     reader, writer = os.pipe()
@@ -527,7 +529,7 @@ def test_who_executes_another_program_is_of_the_family_no_more() -> None:
     assert os.waitpid(pid, 0) == (pid, 0)
 
 
-def test_who_holds_the_lock_for_long_is_not_waited_for() -> None:
+def test_a_lock_held_for_long_is_not_waited_for() -> None:
     memory = Family(5, 10)
     memory.join()
     reader, writer = os.pipe()
@@ -557,7 +559,7 @@ def storm(pool: PidPool, processes: int, seconds: float) -> None:
         while not stop.is_set():
             stats = pool.family_stats()
             counters = stats.counters
-            # What is read one after the other may differ by what happened meanwhile; never go back.
+            # Two reads may differ by the events between them; no count goes back.
             torn.extend(name for name in grows if getattr(counters, name) < getattr(last, name))
             torn.extend(
                 repr(each)
@@ -629,7 +631,7 @@ def test_a_family_in_a_storm() -> None:
 
 
 @pytest.mark.usefixtures("table", "clean_log")
-def test_more_than_the_server_takes_is_told_once(tls_url: str, make_engine: MakeEngine) -> None:
+def test_more_than_the_server_takes_is_logged_once(tls_url: str, make_engine: MakeEngine) -> None:
     events = Events()
     engine = make_engine(tls_url, pool_size=100, max_overflow=100, logger=events.logger)
     with engine.connect() as connection:
@@ -652,7 +654,9 @@ def test_more_than_the_server_takes_is_told_once(tls_url: str, make_engine: Make
     parent.notices_nothing()
 
 
-def test_the_servers_limit_is_compared_only_when_somebody_has_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_servers_limit_is_compared_only_when_a_process_has_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It takes a look at every process, which not each opened connection is to pay for."""
     memory = Family(100, 0)
     memory.join()

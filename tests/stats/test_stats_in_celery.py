@@ -1,4 +1,4 @@
-"""`serve_stats` in a Celery worker, which has no web server: its parent tells of all its children."""
+"""`serve_stats` in a Celery worker, which has no web server: its parent reports all its children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process's descriptors are, and whether one of them is a severed connection's."""
+"""The descriptors of this process, and whether one of them is a severed connection's."""
 
 from __future__ import annotations
 

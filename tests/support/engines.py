@@ -1,4 +1,4 @@
-"""Engines of tests: the fixture `make_engine`, and the way from SQLAlchemy's objects to what is below."""
+"""Engines of tests: the fixture `make_engine`, and the pool and driver below SQLAlchemy's objects."""
 
 from __future__ import annotations
 
