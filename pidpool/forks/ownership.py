@@ -102,7 +102,7 @@ class OwnedConnection:
 
         Does nothing if the descriptor is no longer the socket that was tagged. Descriptor numbers are
         reused, so a number alone proves nothing
-        (tests/forks/test_inherited.py::test_a_reused_descriptor_is_left_alone).
+        (tests/forks/test_sockets.py::test_a_reused_descriptor_is_left_alone).
         """
         fd = self.tag.fd
         if not (self.sever or even_if_kept) or fd is None or self._identity is None:

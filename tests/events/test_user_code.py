@@ -1,5 +1,5 @@
-"""Where a connection was checked out: the line of the user's code, however deep in SQLAlchemy, and
-nothing of it is looked up without `hold_warning`."""
+"""The line of the user's code that checked a connection out, however deep in SQLAlchemy; it is not looked
+up without `hold_warning`."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_another_pool_stays(url: str, options: dict[str, type], pool: type) -> N
     assert type(create_engine(url, **options).pool) is pool
 
 
-def test_a_bad_option_is_told_of() -> None:
+def test_a_bad_option_is_reported() -> None:
     with pytest.raises(ValueError, match="hold_warning='soon' in the URL: takes a number"):
         create_engine("sqlite:///a.db?plugin=pidpool&hold_warning=soon")
     with pytest.raises(ValueError, match="on_foreign='ignore': takes one of 'replace', 'refuse'"):

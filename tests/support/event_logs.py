@@ -118,6 +118,11 @@ def inherited(
     )
 
 
+def read(log: Path) -> list[dict[str, Any]]:
+    """Return the events of a log that has one JSON object on each line."""
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
 def text_of(events: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(each) + "\n" for each in events)
 

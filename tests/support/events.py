@@ -1,4 +1,4 @@
-"""Events as a test sees them: a structlog logger that keeps what pidpool tells."""
+"""Events as a test sees them: a structlog logger that keeps what pidpool logs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEVELS_AND_FIELDS = {
 
 
 class Events:
-    """All events told through `logger` in this process, a child's copy of the parent's included."""
+    """All events logged through `logger` in this process; a child begins with a copy of its parent's."""
 
     def __init__(self) -> None:
         self.all: list[dict[str, Any]] = []

@@ -194,7 +194,7 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
     engine.dispose()
     """
     event_logs.run(program, log, postgres.url(tls=True))
-    known = {json.loads(line)["event"] for line in log.read_text().splitlines()}
+    known = {each["event"] for each in event_logs.read(log)}
     assert known == summary.Summary()._takes.keys() - {"connection.refused", "pool.over_maximum"}
     found = as_json(log)
     assert found["foreign_lines"] == 0
