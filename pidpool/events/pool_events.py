@@ -109,6 +109,17 @@ class PoolEvents:
         if over is not None:
             self.pool_over_maximum(over.alive, over.maximum, over.server_max_connections)
 
+    def connection_failed(self, error: BaseException, create_time: float) -> None:
+        """A connect failed after `create_time` seconds."""
+        self.counters.add_failed(self.family.error_types.number_of(error))
+        # The class alone: a driver's message may quote the DSN.
+        self._emit(
+            "warning",
+            "connection.failed",
+            error=type(error).__name__,
+            create_time=round(create_time, 6),
+        )
+
     def connection_checked_out(self, tag: ConnectionTag, wait_time: float) -> None:
         """A checkout succeeded; `wait_time` in seconds, with pre-ping and connecting if needed.
 

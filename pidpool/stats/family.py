@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from pidpool.stats import process, process_counters
+from pidpool.stats import error_types, process, process_counters
+from pidpool.stats.error_types import ErrorTypes
 from pidpool.stats.process_counters import (
     ENDED,
     GENERATION,
@@ -46,7 +47,8 @@ _MAX_SLOTS = 1024
 # -- the head of the memory, in cells behind the lock
 
 _BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 5)
-_DEPARTED = LOCK_SIZE // 8 + 8
+_ERROR_TYPES = LOCK_SIZE // 8 + 8
+_DEPARTED = _ERROR_TYPES + error_types.CELLS
 """Two buffers for the sums of the departed. The low bit of the flip count selects the valid buffer. The next
 sums are made in the other buffer, so a process that is killed meanwhile has changed nothing."""
 
@@ -85,6 +87,8 @@ class Family:
             memory = mmap.mmap(-1, (_FIRST_BLOCK + self.block_cells) * 8)
         self._cells = memoryview(memory).cast("Q")
         self._lock = RobustLock(memory)
+        self.error_types = ErrorTypes(self._cells[_ERROR_TYPES:_DEPARTED], self._lock)
+        """The names of the errors with which connects failed."""
         self._looked_at: tuple[int, int] | None = None
         # The same in every process of the family, until one executes another program.
         self._stack = process.own_stack()
@@ -195,7 +199,9 @@ class Family:
             departed=departed[_COUNT] + len(processes) - len(listed),
             unlisted=self._cells[_UNLISTED],
             server_max_connections=self.server_max_connections,
-            counters=process_counters.counters(process_counters.add_blocks([departed[3:].tolist(), *sums])),
+            counters=process_counters.counters(
+                process_counters.add_blocks([departed[3:].tolist(), *sums]), self.error_types.names()
+            ),
         )
 
     def read_own(self, own: ProcessCounters, name: str) -> PoolStats:
@@ -209,7 +215,15 @@ class Family:
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
-        return process_counters.pool_stats(cells, sums, name, self._limits, alive=alive, thread_names=names)
+        return process_counters.pool_stats(
+            cells,
+            sums,
+            name,
+            self._limits,
+            alive=alive,
+            thread_names=names,
+            errors=self.error_types.names(),
+        )
 
     def _is_alive(self, block: memoryview) -> bool:
         """Return whether the process of a block still runs, and still has the pool."""

@@ -199,6 +199,15 @@ NUMBERS_BY = (
         lambda stats: {"idle": stats.idle, "used": stats.used},
     ),
     Numbers(
+        "pidpool.connections.failed",
+        "counter",
+        "{connection}",
+        "Connects that failed, by the class of the error.",
+        "error.type",
+        ("OperationalError",),
+        lambda stats: stats.counters.failed,
+    ),
+    Numbers(
         "pidpool.connections.closed",
         "counter",
         "{connection}",

@@ -62,6 +62,9 @@ class Counters:
     """All that only ever grows, of one process or of several together."""
 
     opened: int = 0
+    failed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Connects that failed, by the class of the error: the first eight classes of a family, ``_OTHER`` for
+    all further ones."""
     closed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """By reason: recycled, invalidated, overflow, disposed, detached, failed."""
     checkouts: int = 0

@@ -21,6 +21,7 @@ from events import LEVELS_AND_FIELDS, Events
 from forking import How, run_in_child
 from parent import Parent
 from sqlalchemy import Connection, Engine, create_engine, exc, text
+from sqlalchemy import event as sqlalchemy_event
 
 from pidpool import ForeignConnectionError, PidPool, tag_of
 from pidpool.events import logger as event_logger
@@ -52,6 +53,16 @@ def test_every_event_is_complete(tls_url: str, make_engine: MakeEngine, events: 
         tls_url, logger=events.logger, pool_logging_name="main", pool_size=3, max_overflow=0, hold_warning=60
     )
     began = time.time()
+    fails = [True]
+
+    @sqlalchemy_event.listens_for(engine, "do_connect")
+    def fail_once(*_: object) -> None:
+        if fails:
+            fails.pop()
+            raise ConnectionRefusedError
+
+    with pytest.raises(ConnectionRefusedError):
+        engine.connect()
     with engine.connect() as one, engine.connect() as other, engine.connect() as third:
         engine.pool._timeout = 0.01  # type: ignore[attr-defined]
         with pytest.raises(exc.TimeoutError):

@@ -129,6 +129,7 @@ def test_the_figures_are_the_family_s(accept: str) -> None:
     assert value(samples, "pidpool_kept_total") == value(samples, "pidpool_replaced_total") == 0
     assert value(samples, "pidpool_adoptions_total", trigger="hook") == 1
     assert value(samples, "pidpool_adoptions_total", trigger="lazy") == 1
+    assert value(samples, "pidpool_connections_failed_total", error_type="OperationalError") == 2
     assert value(samples, "pidpool_connections_closed_total", reason="recycled") == 1
     assert value(samples, "pidpool_inherited_total", state="in transaction") == 1
 
@@ -160,6 +161,7 @@ def test_what_has_not_happened_yet_is_there_as_zero() -> None:
             "reason",
             ["recycled", "invalidated", "overflow", "disposed", "detached", "failed"],
         ),
+        ("pidpool_connections_failed_total", "error_type", ["OperationalError"]),
         ("pidpool_inherited_total", "state", ["idle", "no transaction", "in transaction", "unknown"]),
         ("pidpool_adoptions_total", "trigger", ["hook", "lazy"]),
     ):

@@ -11,6 +11,7 @@ TAG = {"connection_id", "owner_pid", "fd", "socket_inode", "server_pid", "opened
 COUNTS = {"idle", "checked_out", "in_transaction"}
 LEVELS_AND_FIELDS = {
     "connection.opened": ("info", TAG | {"create_time"}),
+    "connection.failed": ("warning", {"error", "create_time"}),
     "connection.checked_out": ("debug", TAG | {"wait_time"}),
     "connection.checked_in": ("debug", TAG | {"use_time"}),
     "connection.invalidated": ("info", TAG | {"soft", "error"}),

@@ -95,7 +95,15 @@ def small_family(**fields: Any) -> FamilyStats:
     parent = process(
         41,
         None,
-        Counters(opened=2, checkouts=7, checkins=6, forks=2, wait_time=histogram(1e-5, 0.002), timeouts=1),
+        Counters(
+            opened=2,
+            failed={"OperationalError": 2},
+            checkouts=7,
+            checkins=6,
+            forks=2,
+            wait_time=histogram(1e-5, 0.002),
+            timeouts=1,
+        ),
         connections=[connection(41, 1), connection(41, 2, "used", thread="MainThread")],
         waiting=3,
     )

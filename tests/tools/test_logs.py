@@ -189,6 +189,10 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
     connection.invalidate()
     connection.close()
     engine.dispose()
+    try:
+        create_engine("sqlite:////nowhere/app.db", poolclass=PidPool).connect()
+    except exc.OperationalError:
+        pass
     """
     event_logs.run(program, log, postgres.url(tls=True))
     known = {json.loads(line)["event"] for line in log.read_text().splitlines()}
@@ -232,6 +236,19 @@ def test_a_pool_that_may_have_more_connections_than_its_server_takes_is_named(lo
     assert "app: 4 processes, 60 connections at most; the server takes 40" in shown
     (line,) = followed_lines([event("pool.over_maximum", 10, 3, **over)])
     assert "pool.over_maximum  processes=4  maximum=60  server_max_connections=40" in line
+
+
+def test_connects_that_failed_are_counted_by_their_error(log: Path) -> None:
+    failed = [
+        event("connection.failed", 10, at, error=error, create_time=0.2)
+        for at, error in ((1, "OperationalError"), (2, "OperationalError"), (3, "TimeoutError"))
+    ]
+    write(log, [*a_log_of(10), *failed])
+    assert told(log)["totals"]["failed"] == {"OperationalError": 2, "TimeoutError": 1}
+    shown = " ".join(logs(log).output.split())
+    assert "2 connects failed (OperationalError)" in shown
+    (line,) = followed_lines(failed[2:])
+    assert "pid 10  connection.failed  error=TimeoutError  create_time=0.2" in line
 
 
 # -- the tree

@@ -175,6 +175,7 @@ function announce(pools) {
   announced = now;
 }
 
+const failedOf = ({ failed }) => Object.values(failed).reduce((sum, count) => sum + count, 0);
 const leaksOf = ({ inherited }) => (inherited["in transaction"] ?? 0) + (inherited.unknown ?? 0);
 
 function showPool(section, pool, bounds) {
@@ -190,6 +191,7 @@ function showPool(section, pool, bounds) {
     alive: pool.alive,
     checkouts: pool.counters.checkouts,
     opened: pool.counters.opened,
+    failed: failedOf(pool.counters),
     timeouts: pool.counters.timeouts,
     leaks: leaksOf(pool.counters),
   };
@@ -197,7 +199,7 @@ function showPool(section, pool, bounds) {
     const name = tile.dataset.tile;
     const value = figures[name];
     set(tile.querySelector("dd"), value < 10000 ? whole.format(value) : short.format(value));
-    tile.classList.toggle("alarm", ["waiting", "timeouts", "leaks"].includes(name) && value > 0);
+    tile.classList.toggle("alarm", ["waiting", "failed", "timeouts", "leaks"].includes(name) && value > 0);
   }
   showCapacity(section.querySelector(".capacity"), pool);
   showCharts(section, pool, bounds);
@@ -282,6 +284,10 @@ function historyOf(counters) {
     [counters.kept, "kept"], [counters.replaced, "replaced"], [counters.refused, "refused"]]
     .filter(([count, name]) => count || name === "checkouts")
     .map(([count, name]) => `${whole.format(count)} ${name}`);
+  const failed = Object.entries(counters.failed).filter(([, count]) => count);
+  if (failed.length) {
+    parts.push(`connects failed: ${failed.map(([error, count]) => `${whole.format(count)} ${error}`).join(", ")}`);
+  }
   if (inherited.length) {
     parts.push(`inherited ${inherited.map(([state, count]) => `${whole.format(count)} ${state}`).join(", ")}`);
   }

@@ -7,8 +7,8 @@ was no room.
 
 ``schema``, ``files``, ``lines``, ``events``, ``foreign_lines``, ``first_at``, ``last_at``
 ``open_transaction_leaks``: what ``--check`` looks at
-``totals``: opened, closed (by reason), checkouts, checkins, invalidations, timeouts, overdue,
-    returned_late, forks, inherited (by state), severed, kept, replaced, refused, disposed
+``totals``: opened, failed (by error), closed (by reason), checkouts, checkins, invalidations, timeouts,
+    overdue, returned_late, forks, inherited (by state), severed, kept, replaced, refused, disposed
 ``processes``: id, pid, parent (an id), forked_at, noticed_by, connects_in_flight, first_at, last_at, pools,
     the totals of the process, wait and use (count, sum, max), create_time_max, connections_left_out and its
     connections: connection_id, pool, fd, server_pid, opened_at, create_time, checkouts, checkins, wait, use,
@@ -129,6 +129,7 @@ def _counts(process: Process) -> dict[str, Any]:
     use = process.use()
     return {
         "opened": process.opened,
+        "failed": dict(process.failed),
         "closed": dict(process.closed),
         "checkouts": use.checkouts,
         "checkins": use.checkins,

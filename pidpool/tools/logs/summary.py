@@ -81,6 +81,7 @@ class Summary:
         self._kept_leaks = {True: 0, False: 0}  # by Leak.open
         self._takes: dict[str, Callable[[Event], None]] = {
             "connection.opened": self._opened,
+            "connection.failed": self._connect_failed,
             "connection.checked_out": self._checked_out,
             "connection.checked_in": self._checked_in,
             "connection.invalidated": self._invalidated,
@@ -193,6 +194,12 @@ class Summary:
         process = connection.process
         process.opened += 1
         process.create_max = max(process.create_max, create_time)
+
+    def _connect_failed(self, event: Event) -> None:
+        seconds(event["create_time"])
+        error = name_of(event["error"])
+        failed = self._teller(event).failed
+        failed[error] = failed.get(error, 0) + 1
 
     def _invalidated(self, event: Event) -> None:
         connection = self._own(event)
@@ -435,6 +442,7 @@ def _number(value: object) -> int:
 
 NOTABLE = frozenset(
     [
+        "connection.failed",
         "connection.inherited",
         "connection.replaced",
         "connection.refused",

@@ -209,6 +209,7 @@ def _process(process: Process, summary: Summary) -> Text:
         states = ", ".join(f"{number:,} {state}" for state, number in process.inherited.items())
         harm.append(f"inherited {states}")
     for number, what in (
+        *((number, f"connects failed ({error})") for error, number in process.failed.items()),
         (process.replaced, "replaced"),
         (process.refused, "refused"),
         (process.invalidations, "invalidated"),
@@ -350,6 +351,7 @@ def _or_unknown(value: object) -> str:
 # -- while it is followed
 
 _SHOWN: Mapping[str, Iterable[str]] = {
+    "connection.failed": ("error", "create_time"),
     "connection.inherited": ("owner_pid", "state", "action", "where"),
     "connection.replaced": ("owner_pid", "by"),
     "connection.refused": ("owner_pid", "state"),
