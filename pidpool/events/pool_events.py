@@ -180,8 +180,13 @@ class PoolEvents:
 
     # -- forks
 
-    def pool_forked(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
-        """The parent forked a child, with so many connections open; logged if there was one."""
+    def pool_forked(
+        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
+    ) -> None:
+        """The parent forked a child, with so many connections open; logged if there was one.
+
+        `forked_at` is the line that forked with its callers (`user_code.forking_lines`), here and below.
+        """
         self.counters.add(Count.FORKS)
         if idle or checked_out:
             self._emit(
@@ -191,6 +196,7 @@ class PoolEvents:
                 idle=idle,
                 checked_out=checked_out,
                 in_transaction=in_transaction,
+                forked_at=forked_at,
             )
 
     def pool_adopted(
@@ -202,6 +208,7 @@ class PoolEvents:
         checked_out: int,
         in_transaction: int,
         connects_in_flight: int,
+        forked_at: str | None,
     ) -> None:
         """A forked child took the pool over; `trigger` names what noticed the fork.
 
@@ -218,10 +225,17 @@ class PoolEvents:
             checked_out=checked_out,
             in_transaction=in_transaction,
             connects_in_flight=connects_in_flight,
+            forked_at=forked_at,
         )
 
     def connection_inherited(
-        self, at: float, tag: ConnectionTag, state: StateAtFork, action: SocketAction, where: str | None
+        self,
+        at: float,
+        tag: ConnectionTag,
+        state: StateAtFork,
+        action: SocketAction,
+        where: str | None,
+        forked_at: str | None,
     ) -> None:
         """The cross-process leak: the child logs one for each inherited connection.
 
@@ -229,7 +243,16 @@ class PoolEvents:
         """
         self.counters.add_inherited(state, severed=action == "severed")
         level = "warning" if state in ("in transaction", "unknown") else "info"
-        self._emit(level, "connection.inherited", tag, at=at, state=state, action=action, where=where)
+        self._emit(
+            level,
+            "connection.inherited",
+            tag,
+            at=at,
+            state=state,
+            action=action,
+            where=where,
+            forked_at=forked_at,
+        )
 
     def connection_replaced(self, inherited: ConnectionTag, tag: ConnectionTag | None) -> None:
         """A checkout goes on with a connection of this process's own."""

@@ -123,7 +123,7 @@ def test_each_method_is_an_event_of_the_table() -> None:
 
 def test_a_fork_with_connects_in_flight_is_a_warning() -> None:
     events = Events()
-    PoolEvents("a pool", events.logger, Family(5, 10)).pool_adopted(0.0, 1, "hook", 0, 0, 0, 1)
+    PoolEvents("a pool", events.logger, Family(5, 10)).pool_adopted(0.0, 1, "hook", 0, 0, 0, 1, None)
     assert events.the("pool.adopted")["level"] == "warning"
 
 

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,68 @@ def test_a_fork_in_a_transaction_is_a_leak_with_its_owner_and_what_was_done(
     text = logs(log).stdout
     assert "3 connections crossed a fork, 3 with an open transaction" in text
     assert "in transaction; severed, then refused" in text
+
+
+TWO_PLACES = """
+    engine = engine()
+
+    def use():
+        engine.connect().close()
+        engine.dispose()
+
+    def send_mail():
+        fork(use)
+
+    def resize_image():
+        for i in range(2):
+            fork(use)
+
+    def fork_unheard():
+        fork(lambda: None)
+
+    session = Session(engine)
+    session.execute(text("select 1"))
+    send_mail()
+    session.commit()
+    resize_image()
+    session.execute(text("select 1"))
+    fork_unheard()
+    session.close()
+    engine.dispose()
+    """
+
+
+def test_leaks_are_grouped_by_the_line_that_forked(
+    postgres: EmbeddedPostgres, clean_log: None, log: Path
+) -> None:
+    event_logs.run(TWO_PLACES, log, postgres.url(tls=True))
+    found = told(log)
+    by_caller = {
+        each["fork_line"].split(" < ")[1].rpartition(" in ")[2]: (
+            each["leaks"],
+            each["open_transaction_leaks"],
+        )
+        for each in found["fork_lines"]
+    }
+    assert by_caller == {"fork_unheard": (1, 1), "send_mail": (1, 1), "resize_image": (2, 0)}
+    assert {each["fork_line"].split(" < ")[0].rpartition(" in ")[2] for each in found["fork_lines"]} == {
+        "fork"
+    }
+    assert [leak["fork_line"].split(" < ")[1].rpartition(" in ")[2] for leak in found["leaks"]] == [
+        "send_mail",
+        "resize_image",
+        "resize_image",
+    ]
+    (unheard,) = found["unheard_forks"]
+    assert "fork_unheard" in unheard["fork_line"]
+    shown = logs(log).output
+    assert "Connections that crossed a fork, by the line that forked" in shown
+    assert re.search(
+        r" 1×  1 with an open transaction\n +<string>:\d+ in fork\n +called at <string>:\d+ in send_mail\n",
+        shown,
+    )
+    assert re.search(r" 2×\n +<string>:\d+ in fork\n +called at <string>:\d+ in resize_image\n", shown)
+    assert re.search(r"pid \d+ → a child.*\n.*\n +forked at <string>:\d+ in fork\n", shown)
 
 
 def test_a_child_that_never_uses_the_pool_is_told_of_by_its_parent(

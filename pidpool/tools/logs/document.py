@@ -14,9 +14,11 @@ was no room.
     connections: connection_id, pool, fd, server_pid, opened_at, create_time, checkouts, checkins, wait, use,
     invalidations, closed_at, closed_reason, out_since
 ``leaks``: at, owner and inheritor (ids), owner_pid, pid, connection_id, pool, fd, server_pid, state, action,
-    open_transaction, where, refused, replaced_by, replaced_by_server_pid, fields (the user's own)
-``unheard_forks``: at, owner (an id), pool, idle, checked_out, in_transaction: forks that the parent tells of
-    and no child; what crossed them is in open_transaction_leaks too
+    open_transaction, where, fork_line, refused, replaced_by, replaced_by_server_pid, fields (the user's own)
+``fork_lines``: fork_line (the line of code that forked, with its callers; null is "not known"), leaks,
+    open_transaction_leaks: of all forks of that line; those with most leaks first
+``unheard_forks``: at, owner (an id), pool, fork_line, idle, checked_out, in_transaction: forks that the
+    parent tells of and no child; what crossed them is in open_transaction_leaks too
 ``longest_waits``, ``longest_holds``: seconds, at, process, connection_id, pool, where, fields
 ``not_returned``: process, connection_id, pool, server_pid, since, seconds, where
 ``timeouts``: at, process, pool, seconds, size, overflow, checked_out, fields; the newest
@@ -61,11 +63,16 @@ def document(summary: Summary, sources: Sequence[Source], top: int = 10) -> dict
         "totals": totals(summary),
         "processes": [_process(process) for process in processes],
         "leaks": [_leak(leak) for leak in summary.leaks],
+        "fork_lines": [
+            {"fork_line": each.line, "leaks": each.crossed, "open_transaction_leaks": each.open}
+            for each in summary.fork_lines()
+        ],
         "unheard_forks": [
             {
                 "at": fork.at,
                 "owner": fork.owner.id,
                 "pool": fork.pool,
+                "fork_line": fork.forked_at,
                 "idle": fork.idle,
                 "checked_out": fork.checked_out,
                 "in_transaction": fork.in_transaction,
@@ -204,6 +211,7 @@ def _leak(leak: Leak) -> dict[str, Any]:
         "action": leak.action,
         "open_transaction": leak.open,
         "where": leak.where,
+        "fork_line": leak.forked_at,
         "refused": leak.refused,
         "replaced_by": leak.replaced_by,
         "replaced_by_server_pid": leak.replaced_by_server_pid,

@@ -103,9 +103,11 @@ def _data(summary: Summary, sources: Sequence[Source]) -> dict[str, Any]:
                 fork.checked_out,
                 fork.in_transaction,
                 fork.state,
+                fork.forked_at,
             ]
             for fork in unheard
         ],
+        "forkLines": [[each.line, each.crossed, each.open] for each in summary.fork_lines()],
         "timeouts": timeouts,
         "leftOut": _left_out(summary, sums, len(shown), len(bars), crossed, len(timeouts)),
     }
@@ -179,6 +181,7 @@ def _leak(leak: Leak, lanes: dict[int, int]) -> dict[str, Any]:
         "open": leak.open,
         "outcome": leak.outcome,
         "where": leak.where,
+        "forkLine": leak.forked_at,
         "fields": leak.fields,
     }
 

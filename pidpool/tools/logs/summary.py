@@ -14,6 +14,7 @@ from pidpool.terms import OPEN_STATES, SOCKET_ACTIONS
 from pidpool.tools.logs.clean import cleaned, own_fields
 from pidpool.tools.logs.findings import (
     Event,
+    ForkLine,
     Leak,
     Longest,
     OverMaximum,
@@ -21,6 +22,7 @@ from pidpool.tools.logs.findings import (
     Timeout,
     UnheardFork,
     Wait,
+    fork_line_of,
 )
 from pidpool.tools.logs.processes import Connection, Process, Processes, moment, name_of, seconds, whole
 
@@ -29,7 +31,7 @@ MOST_LEAKS = 10_000
 
 MOST_TIMEOUTS = 1_000
 MOST_PLACES = 1_000
-"""Lines of code that are kept apart of the overdue checkouts."""
+"""Lines of code that are kept apart, of the overdue checkouts and of the forks."""
 
 _SAME_FORK = 1.0
 """Seconds that the parent's and the child's time of one fork may lie apart."""
@@ -61,6 +63,8 @@ class Summary:
         self.leaks_left_out = 0
         self.leaks_by_state: dict[str, int] = {}
         self.leaks_by_action: dict[str, int] = {}
+        self._fork_lines: dict[str | None, ForkLine] = {}
+        """Without the unheard forks."""
         self.unheard_left_out = UnheardFork(0.0, self.processes.others, None)
         """The sums of those unheard forks for which there was no room."""
         self._unheard: dict[tuple[Process, str | None], list[UnheardFork]] = {}
@@ -113,6 +117,17 @@ class Summary:
     def unheard_forks(self) -> list[UnheardFork]:
         """Return the forks of which the child told nothing, oldest first."""
         return sorted((fork for forks in self._unheard.values() for fork in forks), key=lambda fork: fork.at)
+
+    def fork_lines(self) -> list[ForkLine]:
+        """Return the lines of code that forked with connections open: those with most leaks first."""
+        found: dict[str | None, ForkLine] = {}
+        for line in self._fork_lines.values():
+            found.setdefault(line.line, ForkLine(line.line)).add(line.crossed, line.open)
+        for fork in (*self.unheard_forks(), self.unheard_left_out):
+            if fork.idle or fork.checked_out:
+                line = found.setdefault(fork.forked_at, ForkLine(fork.forked_at))
+                line.add(fork.idle + fork.checked_out, fork.in_transaction)
+        return sorted(found.values(), key=lambda line: (-line.open, -line.crossed, line.line or ""))
 
     def feed(self, events: Iterable[Event]) -> list[Event]:
         """Take events, and return those that are worth a line while a log is followed."""
@@ -279,7 +294,7 @@ class Summary:
 
     def _forked(self, event: Event) -> None:
         process, pool = self._teller(event), cleaned(event["pool"])
-        fork = UnheardFork(event["at"], process, pool)
+        fork = UnheardFork(event["at"], process, pool, fork_line_of(event))
         fork.add(*(_number(event[name]) for name in ("idle", "checked_out", "in_transaction")))
         process.forks += 1
         key = process, pool if pool in process.pools else None
@@ -349,6 +364,10 @@ class Summary:
         self.leaks_by_state[leak.state] = self.leaks_by_state.get(leak.state, 0) + 1
         action = leak.action if leak.action in SOCKET_ACTIONS else "other"
         self.leaks_by_action[action] = self.leaks_by_action.get(action, 0) + 1
+        line = leak.forked_at
+        if line not in self._fork_lines and len(self._fork_lines) >= MOST_PLACES:
+            line = None
+        self._fork_lines.setdefault(line, ForkLine(line)).add(1, leak.open)
         if self._kept_leaks[leak.open] >= MOST_LEAKS:
             self.leaks_left_out += 1
             return
