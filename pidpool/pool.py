@@ -107,7 +107,7 @@ class PidPool(HookedQueuePool):
         self.hold_warning = hold_warning
         self._refusal: _Refusal | None = None
         unlimited = pool_size == 0 or max_overflow < 0
-        family = Family(pool_size, -1 if unlimited else max_overflow)
+        family = Family(pool_size, -1 if unlimited else max_overflow, hold_warning)
         self.pool_events = PoolEvents(options.get("logging_name"), logger, family, detection.mark_unreported)
         if fork_state[0] != SETTLED:
             detection.settle()

@@ -161,6 +161,7 @@ class PoolEvents:
         self, tag: ConnectionTag | None, held: float, hold_warning: float, where: str | None
     ) -> None:
         """A checkout has lasted longer than the pool's `hold_warning` seconds; logged once."""
+        self.counters.add(Count.OVERDUE)
         self._emit(
             "warning", "checkout.overdue", tag, held=round(held, 6), hold_warning=hold_warning, where=where
         )

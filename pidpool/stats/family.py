@@ -70,10 +70,11 @@ class Family:
 
     :param size: the pool's ``pool_size``.
     :param max_overflow: the pool's ``max_overflow``.
+    :param hold_warning: the pool's ``hold_warning``, in seconds.
     """
 
-    def __init__(self, size: int, max_overflow: int) -> None:
-        self._limits = PoolLimits(size, max_overflow)
+    def __init__(self, size: int, max_overflow: int, hold_warning: float | None = None) -> None:
+        self._limits = PoolLimits(size, max_overflow, hold_warning)
         limited = size and max_overflow >= 0
         # Twice the pool's maximum: a disposed pool may have checkouts while its successor is full.
         self._slots = min(2 * (size + max_overflow), _MAX_SLOTS) + 1 if limited else _MAX_SLOTS

@@ -51,8 +51,9 @@ class Numbers:
     read: Callable[[Stats], Mapping[str, int]]
 
     def all(self, stats: Stats) -> dict[str, int]:
-        """Return all values, those that are zero included."""
-        return {**dict.fromkeys(self.known, 0), **self.read(stats)}
+        """Return all values, those that are zero included; without blanks, as attributes are written."""
+        counts = {**dict.fromkeys(self.known, 0), **self.read(stats)}
+        return {value.replace(" ", "_"): count for value, count in counts.items()}
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,20 @@ NUMBERS = (
         "{timeout}",
         "Checkouts that found no connection free within the pool's timeout.",
         lambda stats: stats.counters.timeouts,
+    ),
+    Number(
+        "pidpool.checkouts.overdue",
+        "counter",
+        "{checkout}",
+        "Checkouts that lasted longer than hold_warning, those that still last included.",
+        lambda stats: stats.counters.overdue,
+    ),
+    Number(
+        "pidpool.overdue_checkouts",
+        "updowncounter",
+        "{checkout}",
+        "Checkouts that last longer than hold_warning at present; absent without a hold_warning.",
+        lambda stats: stats.overdue,
     ),
     Number(
         "pidpool.connections.opened",
@@ -212,7 +227,7 @@ NUMBERS_BY = (
         "counter",
         "{connection}",
         "Connections closed, by reason.",
-        "reason",
+        "pidpool.reason",
         CLOSE_REASONS,
         lambda stats: stats.counters.closed,
     ),
@@ -221,7 +236,7 @@ NUMBERS_BY = (
         "counter",
         "{connection}",
         "Connections that children inherited, by what they were doing at the fork.",
-        "state",
+        "pidpool.state",
         STATES_AT_FORK,
         lambda stats: stats.counters.inherited,
     ),
@@ -230,7 +245,7 @@ NUMBERS_BY = (
         "counter",
         "{adoption}",
         "Pools that forked children took over, by what noticed the fork.",
-        "trigger",
+        "pidpool.trigger",
         TRIGGERS,
         lambda stats: stats.counters.adoptions,
     ),

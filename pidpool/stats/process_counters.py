@@ -62,6 +62,7 @@ class Count(IntEnum):
     REPLACED = 12
     REFUSED = 13
     FORKS = 14
+    OVERDUE = 15
 
 
 _CLOSED = max(Count) + 1
@@ -251,6 +252,8 @@ class PoolLimits:
 
     size: int
     max_overflow: int
+    hold_warning: float | None = None
+    """Seconds after which a checkout is overdue."""
 
 
 def copy_block(cells: memoryview) -> memoryview:
@@ -318,6 +321,10 @@ def pool_stats(
                 thread_name=None if thread is None else thread_names.get(thread),
             )
         )
+    overdue = None
+    if limits.hold_warning is not None:
+        held = [each.in_state for each in connections if each.state == "used"]
+        overdue = sum(seconds >= limits.hold_warning for seconds in held) if alive else 0
     return PoolStats(
         pool=name,
         pid=cells[PID],
@@ -330,6 +337,7 @@ def pool_stats(
         idle=sum(each.thread_id is None for each in connections) + beyond_idle if alive else 0,
         used=used if alive else 0,
         waiting=cells[WAITING] if alive else 0,
+        overdue=overdue,
         counters=counters(sums, errors),
         connections=tuple(connections) if alive else (),
     )
@@ -371,6 +379,7 @@ def counters(sums: list[int], errors: Sequence[str]) -> Counters:
         refused=sums[Count.REFUSED],
         adoptions=dict(zip(TRIGGERS, sums[_ADOPTIONS:], strict=False)),
         forks=sums[Count.FORKS],
+        overdue=sums[Count.OVERDUE],
         create_time=Histogram(tuple(create), sums[_CREATE_SUM] / 1e9),
         wait_time=Histogram(tuple(wait), slot[WAIT_SUM] / 1e9),
         use_time=Histogram(tuple(use), slot[USE_SUM] / 1e9),

@@ -107,7 +107,7 @@ def test_the_family_is_a_tree_of_processes_and_their_connections(
     )
     assert dict(tiles) == {
         "used": "1", "idle": "2", "waiting": "3", "processes": "2",
-        "checkouts": "39", "opened": "3", "failed": "2", "timeouts": "1", "leaks": "1",
+        "checkouts": "39", "opened": "3", "failed": "2", "timeouts": "1", "overdue": "1", "leaks": "1",
     }  # fmt: skip
     assert "3 connections open, 30 at the most; the server takes 100" in browser.text(".capacity")
 

@@ -68,6 +68,7 @@ def process(pid: int, parent: int | None, counters: Counters = _NOTHING, **field
         "idle": sum(each.state == "idle" for each in connections),
         "used": sum(each.state == "used" for each in connections),
         "waiting": 0,
+        "overdue": None,
         "counters": counters,
         "connections": tuple(connections),
         **fields,
@@ -103,9 +104,11 @@ def small_family(**fields: Any) -> FamilyStats:
             forks=2,
             wait_time=histogram(1e-5, 0.002),
             timeouts=1,
+            overdue=4,
         ),
         connections=[connection(41, 1), connection(41, 2, "used", thread="MainThread")],
         waiting=3,
+        overdue=1,
     )
     child = process(
         57,

@@ -193,13 +193,14 @@ function showPool(section, pool, bounds) {
     opened: pool.counters.opened,
     failed: failedOf(pool.counters),
     timeouts: pool.counters.timeouts,
+    overdue: pool.overdue, // null without a hold_warning
     leaks: leaksOf(pool.counters),
   };
   for (const tile of section.querySelectorAll("[data-tile]")) {
     const name = tile.dataset.tile;
     const value = figures[name];
-    set(tile.querySelector("dd"), value < 10000 ? whole.format(value) : short.format(value));
-    tile.classList.toggle("alarm", ["waiting", "failed", "timeouts", "leaks"].includes(name) && value > 0);
+    set(tile.querySelector("dd"), value === null ? "–" : value < 10000 ? whole.format(value) : short.format(value));
+    tile.classList.toggle("alarm", ["waiting", "failed", "timeouts", "overdue", "leaks"].includes(name) && value > 0);
   }
   showCapacity(section.querySelector(".capacity"), pool);
   showCharts(section, pool, bounds);
@@ -280,6 +281,7 @@ function showProcess(element, process, pool) {
 function historyOf(counters) {
   const inherited = Object.entries(counters.inherited).filter(([, count]) => count);
   const parts = [[counters.checkouts, "checkouts"], [counters.opened, "opened"], [counters.timeouts, "timeouts"],
+    [counters.overdue, "overdue"],
     [counters.invalidations, "invalidated"], [counters.forks, "forks"], [counters.severed, "severed"],
     [counters.kept, "kept"], [counters.replaced, "replaced"], [counters.refused, "refused"]]
     .filter(([count, name]) => count || name === "checkouts")
