@@ -16,6 +16,7 @@ from typing import Any, cast
 from sqlalchemy import exc
 from sqlalchemy.pool import PoolProxiedConnection
 
+from pidpool._sqlalchemy.address import address_of
 from pidpool._sqlalchemy.checked_out import CheckedOutConnection, check_out
 from pidpool._sqlalchemy.entry import PidPoolEntry
 from pidpool._sqlalchemy.queue_pool import HookedQueuePool
@@ -107,7 +108,9 @@ class PidPool(HookedQueuePool):
         self._refusal: _Refusal | None = None
         unlimited = pool_size == 0 or max_overflow < 0
         family = Family(pool_size, -1 if unlimited else max_overflow, hold_warning)
-        self.pool_events = PoolEvents(options.get("logging_name"), logger, family, detection.mark_unreported)
+        self.pool_events = PoolEvents(
+            options.get("logging_name"), logger, family, detection.mark_unreported, address_of(creator)
+        )
         if fork_state[0] != SETTLED:
             detection.settle()
         super().__init__(

@@ -4,7 +4,6 @@ arguments, so a misspelt or missing one fails the type check.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
@@ -16,6 +15,7 @@ from contextvars import Context, copy_context
 from typing import Any
 
 from pidpool.events.logger import EventLogger
+from pidpool.events.pool_names import name_for
 from pidpool.stats.family import Family
 from pidpool.stats.process_counters import Count
 from pidpool.tag import ConnectionTag
@@ -25,8 +25,6 @@ MOST_WAITING = 10_000
 """Events that wait at most for the next use of the pool; the newest are kept."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
-
-_numbers = itertools.count(1)
 
 
 class _Thread(threading.local):
@@ -80,18 +78,24 @@ class PoolEvents:
     Any thread may call the methods. In a block of `held_back` they log nothing: the event waits for
     `log_waiting`.
 
-    :param pool: the pool's name in every event; None for ``pool-<number>``.
+    :param pool: the pool's name in every event; None for one that is made of `address`.
     :param logger: see `EventLogger`.
     :param family: the shared memory in which the process's counters are.
     :param note_waiting: called when an event begins to wait.
+    :param address: ``host:port/database``; None if it is not known.
     """
 
     def __init__(
-        self, pool: str | None, logger: Any, family: Family, note_waiting: Callable[[], object] = object
+        self,
+        pool: str | None,
+        logger: Any,
+        family: Family,
+        note_waiting: Callable[[], object] = object,
+        address: str | None = None,
     ) -> None:
         self.family = family
         self.counters = family.join()
-        self.pool = pool or f"pool-{next(_numbers)}"
+        self.pool = pool or name_for(self, address)
         self._pid = os.getpid()
         self._logger = EventLogger(logger)
         self.is_enabled = self._logger.is_enabled
