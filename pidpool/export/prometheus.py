@@ -49,9 +49,9 @@ class PoolCollector(Collector):
     """Gives the metrics of pools to a registry of the application's, as they are at each scrape.
 
     ``REGISTRY.register(PoolCollector(engine))``. Several engines take one collector together:
-    prometheus-client refuses a second one, whose metrics would have the same names. With prometheus-client's multiprocess mode
-    (gunicorn, uWSGI) register it beside the ``MultiProcessCollector`` in the registry that is made for a
-    request, and not in the global one.
+    prometheus-client refuses a second one, whose metrics would have the same names. With its multiprocess
+    mode (gunicorn, uWSGI) register the collector beside the ``MultiProcessCollector`` in the registry that is
+    made for a request, and not in the global one.
 
     The numbers are those of the whole family, so any process may answer, a forked child too, and nothing is
     summed up over processes. Any thread may collect. A collection opens no connection and waits for none.
