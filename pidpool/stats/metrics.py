@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from pidpool.stats.snapshots import FamilyStats, Histogram, PoolStats
+from pidpool.stats.snapshots import Counters, FamilyStats, Histogram, PoolStats
 from pidpool.terms import CLOSE_REASONS, STATES_AT_FORK, TRIGGERS
 
 POOL_NAME = "db.client.connection.pool.name"
@@ -62,7 +62,11 @@ class Durations:
 
     name: str
     description: str
-    read: Callable[[Stats], Histogram]
+    of: Callable[[Counters], Histogram]
+
+    def read(self, stats: Stats) -> Histogram:
+        """Return the histogram of a snapshot."""
+        return self.of(stats.counters)
 
 
 def _idle_maximum(stats: Stats) -> int | None:
@@ -255,16 +259,16 @@ DURATIONS = (
     Durations(
         "db.client.connection.create_time",
         "The time it took to create a new connection.",
-        lambda stats: stats.counters.create_time,
+        lambda counters: counters.create_time,
     ),
     Durations(
         "db.client.connection.wait_time",
         "The time it took to obtain an open connection from the pool.",
-        lambda stats: stats.counters.wait_time,
+        lambda counters: counters.wait_time,
     ),
     Durations(
         "db.client.connection.use_time",
         "The time between borrowing a connection and returning it to the pool.",
-        lambda stats: stats.counters.use_time,
+        lambda counters: counters.use_time,
     ),
 )
