@@ -60,7 +60,10 @@ _NOT_RUN = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@click.command("demo")
+@click.command(
+    "demo",
+    epilog="\b\nExample:\n  pidpool demo --iterations 3 --json",
+)
 @click.option(
     "--iterations",
     type=click.IntRange(1, 10000),
