@@ -16,6 +16,7 @@ from typing import Any, cast
 from sqlalchemy import exc
 from sqlalchemy.pool import PoolProxiedConnection
 
+from pidpool._sqlalchemy.address import address_of
 from pidpool._sqlalchemy.checked_out import CheckedOutConnection, check_out
 from pidpool._sqlalchemy.entry import PidPoolEntry
 from pidpool._sqlalchemy.queue_pool import HookedQueuePool
@@ -23,7 +24,7 @@ from pidpool.drivers import Driver, Settings
 from pidpool.errors import ForeignCheckoutError
 from pidpool.events import overdue
 from pidpool.events.pool_events import PoolEvents, held_back
-from pidpool.events.user_code import calling_line
+from pidpool.events.user_code import calling_line, forking_lines
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
@@ -106,8 +107,10 @@ class PidPool(HookedQueuePool):
         self.hold_warning = hold_warning
         self._refusal: _Refusal | None = None
         unlimited = pool_size == 0 or max_overflow < 0
-        family = Family(pool_size, -1 if unlimited else max_overflow)
-        self.pool_events = PoolEvents(options.get("logging_name"), logger, family, detection.mark_unreported)
+        family = Family(pool_size, -1 if unlimited else max_overflow, hold_warning)
+        self.pool_events = PoolEvents(
+            options.get("logging_name"), logger, family, detection.mark_unreported, address_of(creator)
+        )
         if fork_state[0] != SETTLED:
             detection.settle()
         super().__init__(
@@ -255,9 +258,11 @@ class PidPool(HookedQueuePool):
 
     def note_fork(self, at: float, connections: OpenConnections) -> None:
         """Count and log in the parent that a child was forked; runs in the at-fork hook."""
+        is_any_open = connections.idle or connections.checked_out
+        forked_at = forking_lines() if is_any_open else None
         with held_back():
             self.pool_events.pool_forked(
-                at, connections.idle, connections.checked_out, connections.in_transaction
+                at, connections.idle, connections.checked_out, connections.in_transaction, forked_at
             )
 
     def start_from_zero(self, takeover: Takeover) -> None:
@@ -271,6 +276,9 @@ class PidPool(HookedQueuePool):
             connections.add(each.state)
         if self.on_foreign == "refuse" and connections.idle:
             self._refusal = _Refusal(takeover.parent_pid, connections.idle)
+        # Noticed lazily, the line that runs now is another one.
+        is_forking = takeover.trigger == "hook" and takeover.connections
+        forked_at = forking_lines() if is_forking else None
         with held_back():
             self.pool_events.pool_adopted(
                 takeover.at,
@@ -280,9 +288,10 @@ class PidPool(HookedQueuePool):
                 connections.checked_out,
                 connections.in_transaction,
                 takeover.connects_in_flight,
+                forked_at,
             )
             for tag, state, action, where in takeover.connections:
-                self.pool_events.connection_inherited(takeover.at, tag, state, action, where)
+                self.pool_events.connection_inherited(takeover.at, tag, state, action, where, forked_at)
 
     def log_waiting_events(self) -> None:
         """Log the events that could not be logged when they happened."""

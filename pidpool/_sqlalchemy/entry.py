@@ -171,10 +171,14 @@ class PidPoolEntry(_ConnectionRecord):
         # Every connect and reconnect of an entry passes here, its first-connect events included. A fork has
         # to wait for all of it: a dialect half initialised by another thread would stay so in the child.
         self.close_reason = "failed"
+        started = time.perf_counter()
         try:
             with detection.connecting():
                 started = time.perf_counter()
                 super()._ConnectionRecord__connect()  # type: ignore[misc]
+        except BaseException as error:
+            self.pool_events.connection_failed(error, time.perf_counter() - started)
+            raise
         finally:
             self.close_reason = "recycled"
         if self.owned is not None:

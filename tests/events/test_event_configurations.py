@@ -86,7 +86,7 @@ def test_with_no_configuration_at_all_warnings_are_on_stderr(
     ran = _run("use_and_fork.py", postgres.url(tls=True), "-", "plain", path=tmp_path)
     assert (ran.returncode, ran.stdout) == (0, "")
     (line,) = ran.stderr.splitlines()
-    assert line.startswith("event='connection.inherited' pool='pool-1' pid=")
+    assert line.startswith(f"event='connection.inherited' pool='127.0.0.1:{postgres.port}/postgres' pid=")
 
 
 def _run(program: str, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:

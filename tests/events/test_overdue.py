@@ -264,3 +264,22 @@ def test_a_thread_that_can_not_be_started_is_tried_again(
 
 def _no_more_threads(thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
+
+
+def test_overdue_checkouts_are_counted_and_those_that_last_are_a_gauge(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    pool: Any = make_engine(tls_url, logger=events.logger, hold_warning=0.05).pool
+    assert (pool.stats().overdue, pool.stats().counters.overdue) == (0, 0)
+    held = pool.connect()
+    _wait_for(events, "checkout.overdue")
+    assert (pool.stats().overdue, pool.stats().counters.overdue) == (1, 1)
+
+    def child() -> tuple[int, int, int]:
+        return pool.stats().overdue, pool.stats().counters.overdue, pool.family_stats().overdue
+
+    assert run_in_child(child) == (0, 0, 1)
+    held.close()
+    assert (pool.stats().overdue, pool.stats().counters.overdue) == (0, 1)
+    unwatched: Any = make_engine(tls_url).pool
+    assert unwatched.stats().overdue is unwatched.family_stats().overdue is None

@@ -111,10 +111,23 @@ def adopted(pid: int, parent_pid: int, at: float, idle: int = 0, checked_out: in
 
 
 def inherited(
-    pid: int, owner_pid: int, number: int, at: float, state: str = "in transaction", where: str | None = None
+    pid: int,
+    owner_pid: int,
+    number: int,
+    at: float,
+    state: str = "in transaction",
+    where: str | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     return event(
-        "connection.inherited", pid, at, **tag(owner_pid, number), state=state, action="severed", where=where
+        "connection.inherited",
+        pid,
+        at,
+        **tag(owner_pid, number),
+        state=state,
+        action="severed",
+        where=where,
+        **more,
     )
 
 

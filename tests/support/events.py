@@ -11,18 +11,19 @@ TAG = {"connection_id", "owner_pid", "fd", "socket_inode", "server_pid", "opened
 COUNTS = {"idle", "checked_out", "in_transaction"}
 LEVELS_AND_FIELDS = {
     "connection.opened": ("info", TAG | {"create_time"}),
+    "connection.failed": ("warning", {"error", "create_time"}),
     "connection.checked_out": ("debug", TAG | {"wait_time"}),
     "connection.checked_in": ("debug", TAG | {"use_time"}),
     "connection.invalidated": ("info", TAG | {"soft", "error"}),
     "connection.closed": ("info", TAG | {"reason"}),
-    "connection.inherited": ("warning", TAG | {"state", "action", "where"}),
+    "connection.inherited": ("warning", TAG | {"state", "action", "where", "forked_at"}),
     "connection.replaced": ("info", TAG | {"by", "by_server_pid"}),
     "connection.refused": ("warning", TAG | {"state"}),
     "checkout.timed_out": ("warning", {"wait_time", "size", "overflow", "checked_out"}),
     "checkout.overdue": ("warning", TAG | {"held", "hold_warning", "where"}),
     "checkout.returned_late": ("warning", TAG | {"use_time", "hold_warning", "where"}),
-    "pool.forked": ("info", COUNTS),
-    "pool.adopted": ("info", COUNTS | {"parent_pid", "trigger", "connects_in_flight"}),
+    "pool.forked": ("info", COUNTS | {"forked_at"}),
+    "pool.adopted": ("info", COUNTS | {"parent_pid", "trigger", "connects_in_flight", "forked_at"}),
     "pool.disposed": ("info", {"closed", "checked_out"}),
     "pool.over_maximum": ("warning", {"processes", "maximum", "server_max_connections"}),
 }

@@ -68,6 +68,7 @@ def process(pid: int, parent: int | None, counters: Counters = _NOTHING, **field
         "idle": sum(each.state == "idle" for each in connections),
         "used": sum(each.state == "used" for each in connections),
         "waiting": 0,
+        "overdue": None,
         "counters": counters,
         "connections": tuple(connections),
         **fields,
@@ -95,9 +96,19 @@ def small_family(**fields: Any) -> FamilyStats:
     parent = process(
         41,
         None,
-        Counters(opened=2, checkouts=7, checkins=6, forks=2, wait_time=histogram(1e-5, 0.002), timeouts=1),
+        Counters(
+            opened=2,
+            failed={"OperationalError": 2},
+            checkouts=7,
+            checkins=6,
+            forks=2,
+            wait_time=histogram(1e-5, 0.002),
+            timeouts=1,
+            overdue=4,
+        ),
         connections=[connection(41, 1), connection(41, 2, "used", thread="MainThread")],
         waiting=3,
+        overdue=1,
     )
     child = process(
         57,
