@@ -10,7 +10,7 @@ from sqlalchemy.pool import QueuePool
 from pidpool.aio import AsyncPidPool
 from pidpool.pool import PidPool
 
-_OPTIONS = {"on_foreign": str, "inherited_sockets": str, "hold_warning": float}
+_OPTIONS = {"on_foreign": str, "inherited_sockets": str, "hold_warning": float, "family": str}
 
 
 class PidPoolPlugin(CreateEnginePlugin):

@@ -30,6 +30,7 @@ from pidpool.forks.detection import SETTLED, fork_state
 from pidpool.forks.takeover import OpenConnections, Takeover
 from pidpool.options import check_choice, check_number
 from pidpool.stats.family import Family
+from pidpool.stats.family_memory import check_name as check_family_name
 from pidpool.stats.process_counters import (
     IN_STATE_SINCE,
     LAST_BUCKET,
@@ -66,10 +67,16 @@ class PidPool(HookedQueuePool):
     :param hold_warning: seconds; a checkout that lasts longer logs ``checkout.overdue`` once, with the
         line of code that made it, and ``checkout.returned_late`` when it ends. None: no such watch,
         at no cost. Otherwise a daemon thread watches, started with the first checkout.
+    :param family: a name. All processes of this user on this host that make a pool with the same name are one
+        family: their stats are shown together, however they were started. None: a family is the process
+        that made the pool and all that are forked from it. Its memory is found by a file in
+        ``PIDPOOL_FAMILY_DIR``, ``/dev/shm`` or `tempfile.gettempdir`. If it can't be shared, the event
+        ``family.private`` says why.
     :param logger: a structlog or stdlib logger for the pool's events. None: structlog's own or, if
         structlog is not configured, ``logging.getLogger("pidpool")``.
     :raises ValueError: if an option has a value that it does not take.
     :raises TypeError: if an option has a value of the wrong type.
+    :raises PermissionError: if the family's file is not this user's own.
     """
 
     on_foreign: OnForeign
@@ -85,6 +92,7 @@ class PidPool(HookedQueuePool):
         on_foreign: OnForeign = "replace",
         inherited_sockets: InheritedSockets = "sever",
         hold_warning: float | None = None,
+        family: str | None = None,
         logger: Any = None,
         **options: Any,
     ) -> None:
@@ -99,6 +107,8 @@ class PidPool(HookedQueuePool):
         check_number("recycle", options.get("recycle", -1), -1, remedy=remedy)
         if hold_warning is not None:
             check_number("hold_warning", hold_warning, 0, remedy="in seconds, or None for no warnings")
+        if family is not None:
+            check_family_name(family)
         if logger is not None and not callable(getattr(logger, "warning", None)):
             raise TypeError(f"logger={logger!r}: takes a structlog logger, or None for structlog's own")
         self.on_foreign = on_foreign
@@ -106,8 +116,14 @@ class PidPool(HookedQueuePool):
         self.hold_warning = hold_warning
         self._refusal: _Refusal | None = None
         unlimited = pool_size == 0 or max_overflow < 0
-        family = Family(pool_size, -1 if unlimited else max_overflow)
-        self.pool_events = PoolEvents(options.get("logging_name"), logger, family, detection.mark_unreported)
+        # Of the pool that this one is recreated from.
+        events: PoolEvents | None = options.pop("_pool_events", None)
+        self.pool_events = events or PoolEvents(
+            options.get("logging_name"),
+            logger,
+            Family(pool_size, -1 if unlimited else max_overflow, family),
+            detection.mark_unreported,
+        )
         if fork_state[0] != SETTLED:
             detection.settle()
         super().__init__(
@@ -119,6 +135,10 @@ class PidPool(HookedQueuePool):
             **options,
         )
         takeover.add_pool(self)
+        shared = self.pool_events.family
+        if shared.private is not None and events is None:
+            with held_back():  # structlog may be configured after the engine is made
+                self.pool_events.family_private(shared.name, shared.private)
 
     # -- the doors
 
@@ -187,14 +207,14 @@ class PidPool(HookedQueuePool):
         if fork_state[0] != SETTLED:
             detection.settle()
         self.logger.info("Pool recreating")
-        pool = self.__class__(
+        return self.__class__(
             on_foreign=self.on_foreign,
             inherited_sockets=self.inherited_sockets,
             hold_warning=self.hold_warning,
+            family=self.pool_events.family.name,
+            _pool_events=self.pool_events,
             **self.constructor_options(),
         )
-        pool.pool_events = self.pool_events
-        return pool
 
     # -- its state and its counters
 
@@ -233,7 +253,9 @@ class PidPool(HookedQueuePool):
         return self.pool_events.family.read_own(self.pool_events.counters, self.pool_events.pool)
 
     def family_stats(self) -> FamilyStats:
-        """Return a snapshot of this pool in all processes: the one that made it and all forked from it.
+        """Return a snapshot of this pool in all processes of its family.
+
+        Those are the process that made it and all forked from it, and under a `family` all that named it.
 
         Read from memory that they share: it asks no other process and waits for none. Processes that have
         ended or were killed are in it with what they had counted.

@@ -80,7 +80,7 @@ class PoolEvents:
     Any thread may call the methods. In a block of `held_back` they log nothing: the event waits for
     `log_waiting`.
 
-    :param pool: the pool's name in every event; None for ``pool-<number>``.
+    :param pool: the pool's name in every event; None for the family's, or ``pool-<number>``.
     :param logger: see `EventLogger`.
     :param family: the shared memory in which the process's counters are.
     :param note_waiting: called when an event begins to wait.
@@ -91,13 +91,19 @@ class PoolEvents:
     ) -> None:
         self.family = family
         self.counters = family.join()
-        self.pool = pool or f"pool-{next(_numbers)}"
+        self.pool = pool or family.name or f"pool-{next(_numbers)}"
         self._pid = os.getpid()
         self._logger = EventLogger(logger)
         self.is_enabled = self._logger.is_enabled
         """``is_enabled(level)`` says whether an event of this level would be logged at present."""
         self._note_waiting = note_waiting
         self._waiting: deque[_WaitingEvent] = deque(maxlen=MOST_WAITING)
+
+    def __del__(self) -> None:
+        # The pool has gone, and all its entries with it. A named family's memory stays.
+        counters = self.__dict__.get("counters")
+        if counters is not None:
+            counters.end()
 
     # -- a connection's life
 
@@ -249,6 +255,10 @@ class PoolEvents:
             maximum=maximum,
             server_max_connections=server_max_connections,
         )
+
+    def family_private(self, family: str | None, reason: str) -> None:
+        """A named family can't be shared: it is this process and those forked from it."""
+        self._emit("warning", "family.private", family=family, reason=reason)
 
     # -- how an event is logged
 

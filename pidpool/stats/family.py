@@ -1,32 +1,36 @@
-"""The memory that a pool's processes share: a block of counters for each process, and the sums of the
+"""The memory that a family's processes share: a block of counters for each process, and the sums of the
 departed, whose blocks were given to others.
 
-The memory is made with the pool, before any fork, so every forked child has it and joins. Only joining
-takes a lock, for a bounded time. No process waits for a reader.
+A family without a name has memory that is made with the pool, before any fork, so every forked child has it
+and joins. A named one is joined by each process that makes a pool of that family. Only joining takes a lock,
+for a bounded time. No process waits for a reader.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-from pidpool.stats import process, process_counters
+from pidpool.stats import family_memory, process, process_counters
+from pidpool.stats.family_memory import NoSharedMemory
 from pidpool.stats.process_counters import (
     ENDED,
     GENERATION,
     HEAD_CELLS,
     JOINED,
+    MAX_OVERFLOW,
     PARENT_PID,
     PID,
     SINCE,
+    SIZE,
     SLOT_CELLS,
     SLOTS_USED,
-    PoolLimits,
+    STACK,
     ProcessCounters,
 )
+from pidpool.stats.robust_lock import IS_THERE as HAS_LOCKS
 from pidpool.stats.robust_lock import SIZE as LOCK_SIZE
 from pidpool.stats.robust_lock import RobustLock
 from pidpool.stats.snapshots import FamilyStats, PoolStats
@@ -43,10 +47,13 @@ of a millisecond, but hundreds of processes may want the processor at that momen
 
 _MAX_SLOTS = 1024
 
+_NAMED_SLOTS = 129
+"""The slots of each block in a named family, whose pools may differ in size."""
+
 # -- the head of the memory, in cells behind the lock
 
-_BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 5)
-_DEPARTED = LOCK_SIZE // 8 + 8
+_BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS, _KEY = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 6)
+_DEPARTED = LOCK_SIZE // 8 + 16
 """Two buffers for the sums of the departed. The low bit of the flip count selects the valid buffer. The next
 sums are made in the other buffer, so a process that is killed meanwhile has changed nothing."""
 
@@ -66,28 +73,66 @@ class Family:
     Threads: any number may use it. Forks: a child goes on with its parent's object. A process that is
     killed at any instruction leaves nothing locked and nothing half written.
 
-    :param size: the pool's ``pool_size``.
-    :param max_overflow: the pool's ``max_overflow``.
+    :param size: the pool's ``pool_size`` in this process.
+    :param max_overflow: the pool's ``max_overflow`` in this process; -1 for no limit.
+    :param name: the family's name, by which any process of the same user joins it. None: the family is this
+        process and those that are forked from it.
+    :raises FamilyRefused: if the family's file is not this user's own.
     """
 
-    def __init__(self, size: int, max_overflow: int) -> None:
-        self._limits = PoolLimits(size, max_overflow)
-        limited = size and max_overflow >= 0
-        # Twice the pool's maximum: a disposed pool may have checkouts while its successor is full.
-        self._slots = min(2 * (size + max_overflow), _MAX_SLOTS) + 1 if limited else _MAX_SLOTS
-        self.block_cells = process_counters.cells_of_a_block(self._slots)
+    def __init__(self, size: int, max_overflow: int, name: str | None = None) -> None:
+        self.name = name
+        self.private: str | None = None
+        """Why the family has no other processes than those forked from this one, although it has a name."""
+        self._size, self._max_overflow = size, max_overflow
         self._blocks = BLOCKS
+        memory = None if name is None else self._named_memory(name)
+        is_new = memory is None
+        self._is_named = not is_new
+        if memory is None:
+            memory = self._anonymous_memory()
+        self._cells = memory.cast("Q")
+        self._lock = RobustLock(memory, is_new=is_new)
+        self._looked_at: tuple[int, int] | None = None
+        # The same in every process forked from this one, until one executes another program.
+        self._stack = process.own_stack()
+
+    def _named_memory(self, name: str) -> memoryview | None:
+        self._set_slots(_NAMED_SLOTS)
+
+        def prepare(memory: memoryview, key: int) -> None:
+            RobustLock(memory)
+            memory.cast("Q")[_KEY] = key
+
+        try:
+            if not HAS_LOCKS:
+                raise NoSharedMemory("this system has no robust mutexes")
+            shape = f"{self._blocks}x{self._slots}"
+            return family_memory.named(
+                name, shape, self._bytes(), lambda memory: int(memory.cast("Q")[_KEY]), prepare
+            )
+        except NoSharedMemory as error:
+            self.private = str(error)
+            return None
+
+    def _anonymous_memory(self) -> memoryview:
+        limited = self._size and self._max_overflow >= 0
+        # Twice the pool's maximum: a disposed pool may have checkouts while its successor is full.
+        maximum = min(2 * (self._size + self._max_overflow), _MAX_SLOTS) + 1
+        self._set_slots(maximum if limited else _MAX_SLOTS)
         try:
             # Pages that are never touched take no memory.
-            memory = mmap.mmap(-1, (_FIRST_BLOCK + self._blocks * self.block_cells) * 8)
+            return family_memory.anonymous(self._bytes())
         except (OSError, ValueError):  # a limit on address space
             self._blocks = 1
-            memory = mmap.mmap(-1, (_FIRST_BLOCK + self.block_cells) * 8)
-        self._cells = memoryview(memory).cast("Q")
-        self._lock = RobustLock(memory)
-        self._looked_at: tuple[int, int] | None = None
-        # The same in every process of the family, until one executes another program.
-        self._stack = process.own_stack()
+            return family_memory.anonymous(self._bytes())
+
+    def _set_slots(self, slots: int) -> None:
+        self._slots = slots
+        self.block_cells = process_counters.cells_of_a_block(slots)
+
+    def _bytes(self) -> int:
+        return (_FIRST_BLOCK + self._blocks * self.block_cells) * 8
 
     # -- joining
 
@@ -96,7 +141,7 @@ class Family:
 
         If the memory has no room, the block is visible to this process only. May run inside an at-fork hook.
         """
-        if self._cells[_BLOCKS_USED] == 0:
+        if self._cells[_BLOCKS_USED] == 0 and not self._is_named:
             return self._start(0, parent_pid)  # no other process has the memory yet
         held = self._lock.acquire(_JOIN_WAIT)
         try:
@@ -125,6 +170,9 @@ class Family:
             _clear(block[GENERATION + 1 : HEAD_CELLS])
         block[PARENT_PID] = parent_pid or 0
         block[JOINED] = process.boot_time()
+        block[STACK] = self._stack
+        block[SIZE] = self._size
+        block[MAX_OVERFLOW] = self._max_overflow + 1
         block[SINCE] = int(time.time() * 1e6)
         block[PID] = os.getpid()
         return ProcessCounters(block, self._slots)
@@ -209,11 +257,11 @@ class Family:
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
-        return process_counters.pool_stats(cells, sums, name, self._limits, alive=alive, thread_names=names)
+        return process_counters.pool_stats(cells, sums, name, alive=alive, thread_names=names)
 
     def _is_alive(self, block: memoryview) -> bool:
         """Return whether the process of a block still runs, and still has the pool."""
-        return not block[ENDED] and process.is_alive(block[PID], block[JOINED], self._stack)
+        return not block[ENDED] and process.is_alive(block[PID], block[JOINED], block[STACK])
 
     def _copies(self) -> Iterator[tuple[int, memoryview]]:
         for number in range(self._cells[_BLOCKS_USED]):
@@ -247,8 +295,7 @@ class Family:
         Otherwise, and after the first time in the family's life, return None.
         """
         limit = self.server_max_connections
-        each = self._limits.size + self._limits.max_overflow
-        if limit is None or self._cells[_WARNED] or self._cells[_BLOCKS_USED] * each <= limit:
+        if limit is None or self._cells[_WARNED]:
             return None
         joined = self._cells[_BLOCKS_USED], self._cells[_FLIPS]
         if joined == self._looked_at:

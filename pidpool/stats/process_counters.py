@@ -21,7 +21,6 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
@@ -47,20 +46,30 @@ ENDED = 5
 """1 after another process has seen that this one has ended."""
 SLOTS_USED = 6
 """Slots at and above this one have never been used."""
-WAITING = 7
+STACK = 7
+"""The process's `own_stack`."""
+SIZE = 8
+"""The pool's `pool_size` in this process."""
+MAX_OVERFLOW = 9
+"""The pool's `max_overflow` in this process, plus one; 0 for no limit."""
+PERMITS = 10
+"""Connections of the process that are open or being opened, if the family has a limit (see budget.py)."""
+WANTING = 11
+"""Threads that want a permit and have found none."""
+WAITING = 12
 """Threads that wait for a connection: the last cell of the head that can go down."""
 
 
 class Count(IntEnum):
     """The plain counts of a process, each with its cell."""
 
-    TIMEOUTS = 8
-    INVALIDATIONS = 9
-    SEVERED = 10
-    KEPT = 11
-    REPLACED = 12
-    REFUSED = 13
-    FORKS = 14
+    TIMEOUTS = 13
+    INVALIDATIONS = 14
+    SEVERED = 15
+    KEPT = 16
+    REPLACED = 17
+    REFUSED = 18
+    FORKS = 19
 
 
 _CLOSED = max(Count) + 1
@@ -127,6 +136,11 @@ class ProcessCounters:
         # Not fork.current(): inside an at-fork hook that is still the parent.
         self._pid = os.getpid()
         self._entries: dict[int, weakref.ref[Entry]] = {}
+
+    def end(self) -> None:
+        """Note that this process has the pool no more, though it may run on."""
+        if self._is_of_this_process():
+            self.cells[ENDED] = 1
 
     def entries(self) -> list[Entry]:
         """Return the pool entries that have a slot here."""
@@ -238,14 +252,6 @@ SCRATCH = memoryview(bytearray(SLOT_CELLS * 8)).cast("Q")
 # -- reading
 
 
-@dataclass(frozen=True)
-class PoolLimits:
-    """The limits that a pool has in each process of its family."""
-
-    size: int
-    max_overflow: int
-
-
 def copy_block(cells: memoryview) -> memoryview:
     """Return a copy of the used part of a block, in which no connection is half written."""
     length = HEAD_CELLS + cells[SLOTS_USED] * SLOT_CELLS
@@ -265,7 +271,6 @@ def pool_stats(
     cells: list[int],
     sums: list[int],
     name: str,
-    limits: PoolLimits,
     *,
     alive: bool,
     thread_names: Mapping[int, str],
@@ -315,9 +320,9 @@ def pool_stats(
         parent_pid=cells[PARENT_PID] or None,
         alive=alive,
         since=cells[SINCE] / 1e6,
-        size=limits.size,
-        max_overflow=limits.max_overflow,
-        overflow=taken - limits.size if limits.size else 0,
+        size=cells[SIZE],
+        max_overflow=cells[MAX_OVERFLOW] - 1,
+        overflow=taken - cells[SIZE] if cells[SIZE] else 0,
         idle=sum(each.thread_id is None for each in connections) + beyond_idle if alive else 0,
         used=used if alive else 0,
         waiting=cells[WAITING] if alive else 0,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import time
 
 SIZE = 64
@@ -41,17 +40,22 @@ def _library() -> ctypes.CDLL | None:
 
 _c = _library()
 
+IS_THERE = _c is not None
+"""Whether this system has such locks; where it has none they can't be acquired."""
+
 
 class RobustLock:
-    """A lock in the first `SIZE` bytes of a shared mapping; made before the first fork, and used by every
-    process that has the mapping.
+    """A lock in the first `SIZE` bytes of shared memory, used by every process that has it.
 
-    :param memory: the `mmap.mmap`, which this object keeps.
+    :param memory: the memory, which this object keeps.
+    :param is_new: whether to make the lock. It must be made once only, before another process has the memory.
     """
 
-    def __init__(self, memory: mmap.mmap) -> None:
+    def __init__(self, memory: memoryview, *, is_new: bool = True) -> None:
         self._mutex = (ctypes.c_char * SIZE).from_buffer(memory)
-        if _c is None:
+        self.owner_died = False
+        """Whether the process that had the lock before was killed with it; for the one that has it now."""
+        if _c is None or not is_new:
             return
         attributes = ctypes.create_string_buffer(SIZE)
         _c.pthread_mutexattr_init(attributes)
@@ -69,7 +73,8 @@ class RobustLock:
             until = time.time() + seconds
             limit = _Timespec(int(until), int(until % 1 * 1e9))
             status = _c.pthread_mutex_timedlock(self._mutex, ctypes.byref(limit))
-        if status == errno.EOWNERDEAD:
+        self.owner_died = status == errno.EOWNERDEAD
+        if self.owner_died:
             status = _c.pthread_mutex_consistent(self._mutex)
         return bool(status == 0)
 

@@ -24,6 +24,7 @@ LEVELS_AND_FIELDS = {
     "pool.forked": ("info", COUNTS),
     "pool.adopted": ("info", COUNTS | {"parent_pid", "trigger", "connects_in_flight"}),
     "pool.disposed": ("info", {"closed", "checked_out"}),
+    "family.private": ("warning", {"family", "reason"}),
     "pool.over_maximum": ("warning", {"processes", "maximum", "server_max_connections"}),
 }
 

@@ -15,7 +15,7 @@ PIDPOOL = frozenset(
         *("size", "overflow", "checked_out", "held", "hold_warning", "where"),
         *("idle", "in_transaction", "state", "action", "by", "by_server_pid"),
         *("parent_pid", "trigger", "connects_in_flight", "closed"),
-        *("processes", "maximum", "server_max_connections"),
+        *("processes", "maximum", "server_max_connections", "family"),
     ]
 )
 """The fields of pidpool's events."""
