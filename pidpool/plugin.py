@@ -10,7 +10,13 @@ from sqlalchemy.pool import QueuePool
 from pidpool.aio import AsyncPidPool
 from pidpool.pool import PidPool
 
-_OPTIONS = {"on_foreign": str, "inherited_sockets": str, "hold_warning": float, "family": str}
+_OPTIONS = {
+    "on_foreign": str,
+    "inherited_sockets": str,
+    "hold_warning": float,
+    "family": str,
+    "family_limit": int,
+}
 
 
 class PidPoolPlugin(CreateEnginePlugin):

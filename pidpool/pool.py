@@ -29,6 +29,7 @@ from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
 from pidpool.forks.takeover import OpenConnections, Takeover
 from pidpool.options import check_choice, check_number
+from pidpool.stats import robust_lock
 from pidpool.stats.family import Family
 from pidpool.stats.family_memory import check_name as check_family_name
 from pidpool.stats.process_counters import (
@@ -72,6 +73,15 @@ class PidPool(HookedQueuePool):
         that made the pool and all that are forked from it. Its memory is found by a file in
         ``PIDPOOL_FAMILY_DIR``, ``/dev/shm`` or `tempfile.gettempdir`. If it can't be shared, the event
         ``family.private`` says why.
+    :param family_limit: how many connections all processes of the family may have open, or be opening, at a
+        time. A checkout that needs a new one waits up to `timeout` seconds until the family has fewer. Needs
+        robust mutexes (Linux). While a process wants a connection and there is none left for it, others close
+        connections that they don't use, or have beyond their share. A daemon thread closes those of a process
+        that does nothing; it sleeps until another process wants one. None: no limit, and no thread.
+    :param max_idle: seconds after which an idle connection is closed, the last one too. None: never, and no
+        thread looks for them.
+    :param recycle_jitter: 0 to 1: by which share of ``recycle`` a connection may be recycled earlier. Each
+        has a random part of it, so that connections made together do not end together.
     :param logger: a structlog or stdlib logger for the pool's events. None: structlog's own or, if
         structlog is not configured, ``logging.getLogger("pidpool")``.
     :raises ValueError: if an option has a value that it does not take.
@@ -93,6 +103,9 @@ class PidPool(HookedQueuePool):
         inherited_sockets: InheritedSockets = "sever",
         hold_warning: float | None = None,
         family: str | None = None,
+        family_limit: int | None = None,
+        max_idle: float | None = None,
+        recycle_jitter: float = 0.0,
         logger: Any = None,
         **options: Any,
     ) -> None:
@@ -109,11 +122,26 @@ class PidPool(HookedQueuePool):
             check_number("hold_warning", hold_warning, 0, remedy="in seconds, or None for no warnings")
         if family is not None:
             check_family_name(family)
+        if family_limit is not None:
+            remedy = "connections of all processes together, or None for no limit"
+            check_number("family_limit", family_limit, 1, whole=True, remedy=remedy)
+            if not robust_lock.IS_THERE:
+                raise ValueError(
+                    f"family_limit={family_limit!r}: needs robust mutexes, which Linux has; take None"
+                )
+        if max_idle is not None:
+            check_number("max_idle", max_idle, 0, remedy="in seconds, or None to keep idle connections")
+        remedy = "at most 1: the share of pool_recycle by which a connection may be recycled earlier"
+        check_number("recycle_jitter", recycle_jitter, 0, remedy=remedy)
+        if recycle_jitter > 1:
+            raise ValueError(f"recycle_jitter={recycle_jitter!r}: takes a number of 0 or more, {remedy}")
         if logger is not None and not callable(getattr(logger, "warning", None)):
             raise TypeError(f"logger={logger!r}: takes a structlog logger, or None for structlog's own")
         self.on_foreign = on_foreign
         self.inherited_sockets = inherited_sockets
         self.hold_warning = hold_warning
+        self.max_idle = max_idle
+        self.recycle_jitter = recycle_jitter
         self._refusal: _Refusal | None = None
         unlimited = pool_size == 0 or max_overflow < 0
         # Of the pool that this one is recreated from.
@@ -121,7 +149,7 @@ class PidPool(HookedQueuePool):
         self.pool_events = events or PoolEvents(
             options.get("logging_name"),
             logger,
-            Family(pool_size, -1 if unlimited else max_overflow, family),
+            Family(pool_size, -1 if unlimited else max_overflow, family, family_limit),
             detection.mark_unreported,
         )
         if fork_state[0] != SETTLED:
@@ -134,6 +162,9 @@ class PidPool(HookedQueuePool):
             use_lifo=use_lifo,
             **options,
         )
+        budget = self.pool_events.budget
+        self.waits_in_turns = budget is not None or max_idle is not None
+        self.wanted = None if budget is None else budget.wanted
         takeover.add_pool(self)
         shared = self.pool_events.family
         if shared.private is not None and events is None:
@@ -212,6 +243,9 @@ class PidPool(HookedQueuePool):
             inherited_sockets=self.inherited_sockets,
             hold_warning=self.hold_warning,
             family=self.pool_events.family.name,
+            family_limit=self.pool_events.family.limit,
+            max_idle=self.max_idle,
+            recycle_jitter=self.recycle_jitter,
             _pool_events=self.pool_events,
             **self.constructor_options(),
         )

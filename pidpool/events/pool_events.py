@@ -91,6 +91,7 @@ class PoolEvents:
     ) -> None:
         self.family = family
         self.counters = family.join()
+        self.budget = family.budget_for(self.counters)
         self.pool = pool or family.name or f"pool-{next(_numbers)}"
         self._pid = os.getpid()
         self._logger = EventLogger(logger)
@@ -130,6 +131,10 @@ class PoolEvents:
         """This process closed a connection that it owns."""
         self.counters.add_closed(reason)
         self._emit("info", "connection.closed", tag, reason=reason)
+
+    def connection_given_back(self, tag: ConnectionTag, idle: float) -> None:
+        """A connection, idle for so many seconds, was closed since another process wanted a permit."""
+        self._emit("info", "connection.given_back", tag, idle=round(idle, 6))
 
     def connection_invalidated(self, tag: ConnectionTag, soft: bool, error: BaseException | None) -> None:
         """A connection was invalidated, hard or soft."""
@@ -271,6 +276,7 @@ class PoolEvents:
             self._pid = os.getpid()
             self._waiting = deque(maxlen=MOST_WAITING)
             self.counters = self.family.join(parent_pid)
+            self.budget = self.family.budget_for(self.counters)
             self.counters.add_adoption(trigger)
 
     def log_waiting(self) -> None:

@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from pidpool.stats import family_memory, process, process_counters
+from pidpool.stats import budget, family_memory, process, process_counters
+from pidpool.stats.budget import Budget
 from pidpool.stats.family_memory import NoSharedMemory
 from pidpool.stats.process_counters import (
     ENDED,
@@ -53,6 +54,7 @@ _NAMED_SLOTS = 129
 # -- the head of the memory, in cells behind the lock
 
 _BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS, _KEY = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 6)
+_BUDGET = _KEY + 1
 _DEPARTED = LOCK_SIZE // 8 + 16
 """Two buffers for the sums of the departed. The low bit of the flip count selects the valid buffer. The next
 sums are made in the other buffer, so a process that is killed meanwhile has changed nothing."""
@@ -67,6 +69,9 @@ _BUFFER_CELLS = 3 + process_counters.cells_of_a_block(1)
 _FIRST_BLOCK = _DEPARTED + 2 * _BUFFER_CELLS
 
 
+assert _BUDGET + budget.CELLS <= _DEPARTED
+
+
 class Family:
     """The shared memory of one pool, in all processes that have it.
 
@@ -77,11 +82,15 @@ class Family:
     :param max_overflow: the pool's ``max_overflow`` in this process; -1 for no limit.
     :param name: the family's name, by which any process of the same user joins it. None: the family is this
         process and those that are forked from it.
+    :param limit: how many connections the family may have open; None for no limit.
     :raises FamilyRefused: if the family's file is not this user's own.
     """
 
-    def __init__(self, size: int, max_overflow: int, name: str | None = None) -> None:
+    def __init__(
+        self, size: int, max_overflow: int, name: str | None = None, limit: int | None = None
+    ) -> None:
         self.name = name
+        self.limit = limit
         self.private: str | None = None
         """Why the family has no other processes than those forked from this one, although it has a name."""
         self._size, self._max_overflow = size, max_overflow
@@ -143,16 +152,22 @@ class Family:
         """
         if self._cells[_BLOCKS_USED] == 0 and not self._is_named:
             return self._start(0, parent_pid)  # no other process has the memory yet
-        held = self._lock.acquire(_JOIN_WAIT)
-        try:
-            number = self._free_block() if held else None
-            if number is not None:
-                return self._start(number, parent_pid)
+        started: list[ProcessCounters] = []
+
+        def start() -> None:
+            number = self._free_block()
+            if number is None:
+                self._cells[_UNLISTED] += 1
+            else:
+                started.append(self._start(number, parent_pid))
+
+        if not self._lock.run(_JOIN_WAIT, start):
             self._cells[_UNLISTED] += 1
-        finally:
-            if held:
-                self._lock.release()
-        return self._enter(memoryview(bytearray(self.block_cells * 8)).cast("Q"), parent_pid)
+        if started:
+            return started[0]
+        unlisted = self._enter(memoryview(bytearray(self.block_cells * 8)).cast("Q"), parent_pid)
+        unlisted.is_listed = False
+        return unlisted
 
     def _start(self, number: int, parent_pid: int | None) -> ProcessCounters:
         own = self._enter(self._block(number), parent_pid)
@@ -192,7 +207,7 @@ class Family:
             # One read of /proc for each process, so all that have ended are marked at once.
             for number in range(used):
                 block = self._block(number)
-                if not self._is_alive(block):
+                if not self.is_alive(block):
                     block[ENDED] = 1
                     ended.append(number)
         if not ended:
@@ -214,6 +229,20 @@ class Family:
         then[_COUNT] += 1
         self._cells[_FLIPS] = flips + 1  # this single write makes the new sums valid
 
+    # -- the budget
+
+    def budget_for(self, own: ProcessCounters) -> Budget | None:
+        """Return the budget as this process has it; None if the family has no limit."""
+        if self.limit is None:
+            return None
+        head = self._cells[_BUDGET : _BUDGET + budget.CELLS]
+        # The permits of an unlisted process could not be counted, so it gets none.
+        return Budget(head, self._lock, self, own, self.limit if own.is_listed else 0)
+
+    def blocks(self) -> list[memoryview]:
+        """Return the blocks that have been used."""
+        return [self._block(number) for number in range(self._cells[_BLOCKS_USED])]
+
     # -- reading
 
     def read(self, name: str) -> FamilyStats:
@@ -232,7 +261,7 @@ class Family:
         cells = [block.tolist() for block in found]
         sums = [process_counters.sum_slots(each) for each in cells]
         processes = [
-            self._process_stats(each, its_sums, name, alive=self._is_alive(block))
+            self._process_stats(each, its_sums, name, alive=self.is_alive(block))
             for block, each, its_sums in zip(found, cells, sums, strict=True)
         ]
         listed = _listed(processes)
@@ -243,6 +272,7 @@ class Family:
             departed=departed[_COUNT] + len(processes) - len(listed),
             unlisted=self._cells[_UNLISTED],
             server_max_connections=self.server_max_connections,
+            limit=self.limit,
             counters=process_counters.counters(process_counters.add_blocks([departed[3:].tolist(), *sums])),
         )
 
@@ -259,7 +289,7 @@ class Family:
             names = {thread.ident: thread.name for thread in threads}
         return process_counters.pool_stats(cells, sums, name, alive=alive, thread_names=names)
 
-    def _is_alive(self, block: memoryview) -> bool:
+    def is_alive(self, block: memoryview) -> bool:
         """Return whether the process of a block still runs, and still has the pool."""
         return not block[ENDED] and process.is_alive(block[PID], block[JOINED], block[STACK])
 

@@ -131,6 +131,8 @@ class ProcessCounters:
         self.cells = cells
         # Reentrant, since a finalizer may count something inside any line here.
         self._lock = threading.RLock()
+        self.is_listed = True
+        """False if the family had no room, so that no other process can see the block."""
         self._slots = slots
         self._free: list[int] = []
         # Not fork.current(): inside an at-fork hook that is still the parent.
@@ -178,11 +180,19 @@ class ProcessCounters:
 
         If a greenlet goes on in a forked child, leaving the block there changes nothing.
         """
-        self._add(WAITING)
+        self.add_waiting(1)
         try:
             yield
         finally:
-            self._add(WAITING, -1)
+            self.add_waiting(-1)
+
+    def add_waiting(self, number: int) -> None:
+        """Count threads that wait for a connection."""
+        self._add(WAITING, number)
+
+    def add_wanting(self, number: int) -> None:
+        """Count threads that want a permit of the family's budget."""
+        self._add(WANTING, number)
 
     def _add(self, cell: int, number: int = 1) -> None:
         if not self._is_of_this_process():
@@ -328,6 +338,8 @@ def pool_stats(
         waiting=cells[WAITING] if alive else 0,
         counters=counters(sums),
         connections=tuple(connections) if alive else (),
+        permits=cells[PERMITS] if alive else 0,
+        wanting=cells[WANTING] if alive else 0,
     )
 
 

@@ -158,7 +158,7 @@ def test_what_has_not_happened_yet_is_there_as_zero() -> None:
         (
             "pidpool_connections_closed_total",
             "reason",
-            ["recycled", "invalidated", "overflow", "disposed", "detached", "failed"],
+            ["recycled", "invalidated", "overflow", "disposed", "detached", "failed", "given back", "idle"],
         ),
         ("pidpool_inherited_total", "state", ["idle", "no transaction", "in transaction", "unknown"]),
         ("pidpool_adoptions_total", "trigger", ["hook", "lazy"]),

@@ -120,6 +120,8 @@ def test_a_snapshot_tells_what_the_pool_does(tls_url: str, make_engine: MakeEngi
         "disposed": 0,
         "detached": 0,
         "failed": 0,
+        "given back": 0,
+        "idle": 0,
     }
     detached = engine.connect()
     detached.detach()

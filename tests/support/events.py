@@ -15,6 +15,7 @@ LEVELS_AND_FIELDS = {
     "connection.checked_in": ("debug", TAG | {"use_time"}),
     "connection.invalidated": ("info", TAG | {"soft", "error"}),
     "connection.closed": ("info", TAG | {"reason"}),
+    "connection.given_back": ("info", TAG | {"idle"}),
     "connection.inherited": ("warning", TAG | {"state", "action", "where"}),
     "connection.replaced": ("info", TAG | {"by", "by_server_pid"}),
     "connection.refused": ("warning", TAG | {"state"}),
