@@ -29,7 +29,7 @@ from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
 from pidpool.forks.takeover import OpenConnections, Takeover
 from pidpool.options import check_choice, check_number
-from pidpool.stats import robust_lock
+from pidpool.stats import holders, robust_lock
 from pidpool.stats.family import Family
 from pidpool.stats.family_memory import check_name as check_family_name
 from pidpool.stats.process_counters import (
@@ -186,9 +186,8 @@ class PidPool(HookedQueuePool):
         started = time.perf_counter_ns()
         try:
             checkout = check_out(self)
-        except exc.TimeoutError:
-            waited = (time.perf_counter_ns() - started) / 1e9
-            self.pool_events.checkout_timed_out(waited, self.size(), self.overflow(), self.checkedout())
+        except exc.TimeoutError as error:
+            self._report_timeout(error, (time.perf_counter_ns() - started) / 1e9)
             raise
         now = time.perf_counter_ns()
         waited_ns = now - started
@@ -207,6 +206,19 @@ class PidPool(HookedQueuePool):
         if is_logged or self.hold_warning is not None:
             self._watch(entry, waited_ns / 1e9, now / 1e9, is_logged)
         return checkout
+
+    def _report_timeout(self, error: exc.TimeoutError, waited: float) -> None:
+        """Count and log a checkout that found no connection; name what keeps the connections."""
+        family = self.pool_events.family.read(self.pool_events.pool)
+        tagged = ((each.pidpool_tag, each.checked_out_at) for each in self.entries())
+        lines = {tag.connection_id: line for tag, line in tagged if tag is not None}
+        held_longest = holders.longest(family, lines)
+        if self.pool_events.family.name is not None or family.limit is not None:
+            named = f"; held longest: {held_longest}" if held_longest else ""
+            error.args = (f"{error.args[0]}; the family has {holders.state(family)}{named}", *error.args[1:])
+        self.pool_events.checkout_timed_out(
+            waited, self.size(), self.overflow(), self.checkedout(), family, held_longest
+        )
 
     def _watch(self, entry: PidPoolEntry, waited: float, now: float, is_logged: bool) -> None:
         """Log a checkout, and keep what is to be logged of its end."""

@@ -184,13 +184,10 @@ class HookedQueuePool(QueuePool):
             if self._overflow >= self._max_overflow:
                 raise self._timed_out()
 
-    def _timed_out(self, reason: str = "") -> exc.TimeoutError:
+    def _timed_out(self, reason: str | None = None) -> exc.TimeoutError:
         timeout = "" if self._timeout is None else f", timeout {self._timeout:0.2f}"
-        return exc.TimeoutError(
-            f"{reason}QueuePool limit of size {self.size()} overflow {self.overflow()} reached, "
-            f"connection timed out{timeout}",
-            code="3o7r",
-        )
+        reason = reason or f"QueuePool limit of size {self.size()} overflow {self.overflow()} reached"
+        return exc.TimeoutError(f"{reason}, connection timed out{timeout}", code="3o7r")
 
     # -- with a limit for the family, or a thread that closes idle connections
 
@@ -380,8 +377,8 @@ class _Wait:
 
     def __init__(self, timeout: float | None) -> None:
         self.since = time.monotonic()
-        self.reason = ""
-        """Of a wait that found no permit, for its error."""
+        self.reason: str | None = None
+        """Why there was no connection, if that was for want of a permit."""
         self._deadline = math.inf if timeout is None else self.since + timeout
         self._counters: ProcessCounters | None = None
         self._wanting: Budget | None = None
@@ -416,5 +413,9 @@ class _Wait:
                 self._wanting = budget
                 budget.begin_wish()
             budget.wish()
-            self.reason = f"family_limit of {budget.limit} reached; "
+            self.reason = (
+                f"family_limit of {budget.limit} reached"
+                if budget.limit
+                else "this process found no room in the memory of its family, so it gets no connection"
+            )
         return permit

@@ -18,6 +18,7 @@ from typing import Any
 from pidpool.events.logger import EventLogger
 from pidpool.stats.family import Family
 from pidpool.stats.process_counters import Count
+from pidpool.stats.snapshots import FamilyStats
 from pidpool.tag import ConnectionTag
 from pidpool.terms import CloseReason, SocketAction, StateAtFork, Trigger
 
@@ -145,8 +146,13 @@ class PoolEvents:
 
     # -- checkouts that took or lasted too long
 
-    def checkout_timed_out(self, wait_time: float, size: int, overflow: int, checked_out: int) -> None:
-        """No connection was free for `wait_time` seconds."""
+    def checkout_timed_out(
+        self, wait_time: float, size: int, overflow: int, checked_out: int, family: FamilyStats, holders: str
+    ) -> None:
+        """No connection was free for `wait_time` seconds.
+
+        `family`: all processes at that moment. `holders`: the checkouts that had lasted longest.
+        """
         self.counters.add(Count.TIMEOUTS)
         self._emit(
             "warning",
@@ -155,6 +161,11 @@ class PoolEvents:
             size=size,
             overflow=overflow,
             checked_out=checked_out,
+            family_limit=family.limit,
+            family_used=family.used,
+            family_idle=family.idle,
+            family_wanting=family.wanting,
+            holders=holders,
         )
 
     def checkout_overdue(

@@ -100,7 +100,10 @@ def test_each_method_is_an_event_of_the_table() -> None:
     for name, method in inspect.getmembers(tell, inspect.ismethod):
         parameters = inspect.signature(method).parameters.values()
         if name.partition("_")[0] in ("connection", "checkout", "pool", "family"):
-            given = {"reason": "recycled", "state": "idle", "idle": 1}
+            family = Family(5, 10).read("a pool")
+            given: dict[str, Any] = {"reason": "recycled", "state": "idle", "idle": 1}
+            if name == "checkout_timed_out":
+                given["family"] = family
             method(
                 *[
                     tag if "ConnectionTag" in str(each.annotation) else given.get(each.name, 0)

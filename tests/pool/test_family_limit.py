@@ -210,6 +210,33 @@ def test_a_replaced_connection_takes_a_permit(tls_url: str, make_engine: MakeEng
     held.close()
 
 
+def test_a_timeout_names_the_limit_and_what_holds_the_connections() -> None:
+    events = Events()
+    pool = PidPool(
+        Connection, timeout=0.05, family_limit=4, logger=events.logger, hold_warning=60, logging_name="shop"
+    )
+
+    def hold(ready: Callable[[], None]) -> None:
+        kept.append(pool.connect())
+        ready()
+
+    kept: list[Any] = []
+    with child(hold) as pid:
+        held = [pool.connect() for _ in range(3)]
+        with pytest.raises(exc.TimeoutError) as caught:
+            pool.connect()
+    said = str(caught.value)
+    assert said.startswith("family_limit of 4 reached, connection timed out, timeout 0.05; the family has ")
+    assert "4 used and 0 idle connection(s) in 2 process(es), 4 of 4 permits taken; held longest: " in said
+    assert said.count("pid ") == 3 and f"pid {pid} thread " in said
+    assert f"pid {os.getpid()} thread MainThread for 0." in said and "test_family_limit.py:" in said
+    event = events.the("checkout.timed_out")
+    assert (event["family_limit"], event["family_used"], event["family_idle"]) == (4, 4, 0)
+    assert event["holders"] in said and event["family_wanting"] == 0
+    for each in held:
+        each.close()
+
+
 # -- none starves
 
 

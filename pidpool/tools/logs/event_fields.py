@@ -16,6 +16,7 @@ PIDPOOL = frozenset(
         *("idle", "in_transaction", "state", "action", "by", "by_server_pid"),
         *("parent_pid", "trigger", "connects_in_flight", "closed"),
         *("processes", "maximum", "server_max_connections", "family"),
+        *("family_limit", "family_used", "family_idle", "family_wanting", "holders"),
     ]
 )
 """The fields of pidpool's events."""
