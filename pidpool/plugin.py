@@ -16,6 +16,8 @@ _OPTIONS = {
     "hold_warning": float,
     "family": str,
     "family_limit": int,
+    "max_idle": float,
+    "recycle_jitter": float,
 }
 
 

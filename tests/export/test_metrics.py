@@ -120,6 +120,9 @@ def test_the_figures_are_the_family_s(accept: str) -> None:
     assert value(samples, "db_client_connection_timeouts_total") == 1
     assert value(samples, "pidpool_processes") == 2
     assert value(samples, "pidpool_server_max_connections") == 100
+    limited = samples_of(accept, small_family(limit=20))
+    assert value(limited, "pidpool_family_limit") == value(limited, "pidpool_possible_maximum") == 20
+    assert value(limited, "pidpool_permits") == value(limited, "pidpool_wanting") == 0
     assert value(samples, "pidpool_checkouts_total") == 39
     assert value(samples, "pidpool_checkins_total") == 38
     assert value(samples, "pidpool_connections_opened_total") == 3
@@ -175,6 +178,9 @@ def test_what_is_not_known_is_not_told() -> None:
             "db_client_connection_max",
             "db_client_connection_idle_max",
             "pidpool_possible_maximum",
+            "pidpool_family_limit",
+            "pidpool_permits",
+            "pidpool_wanting",
             "pidpool_server_max_connections",
         ]
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
@@ -22,6 +24,27 @@ def test_the_url_is_enough(tls_url: str) -> None:
     with engine.connect() as connection:
         assert connection.scalar(text("select 1")) == 1
     engine.dispose()
+
+
+def test_the_familys_options_in_the_url(
+    tls_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIDPOOL_FAMILY_DIR", str(tmp_path))
+    url = make_url(tls_url).update_query_dict(
+        {
+            "plugin": "pidpool",
+            "family": "shop",
+            "family_limit": "20",
+            "max_idle": "60",
+            "recycle_jitter": "0.5",
+        }
+    )
+    pool = create_engine(url).pool
+    assert isinstance(pool, PidPool)
+    assert (pool.pool_events.family.name, pool.pool_events.family.limit) == ("shop", 20)
+    assert (pool.max_idle, pool.recycle_jitter) == (60.0, 0.5)
+    pool.connect().close()
+    pool.dispose()
 
 
 def test_an_async_engine_gets_the_async_pool(tls_url: str) -> None:
