@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from pidpool.pool import PidPool
 
@@ -11,5 +15,25 @@ class AsyncPidPool(AsyncAdaptedQueuePool, PidPool):
     """`PidPool` with an asyncio queue: ``create_async_engine(url, poolclass=AsyncPidPool)``.
 
     Everything that `PidPool` says holds, in a child that runs an event loop of its own: asyncio
-    does not support going on with the parent's.
+    does not support going on with the parent's. No thread touches a connection: the event loop that opened
+    the pool's newest connection closes what is to be closed.
     """
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def start_idle_thread(self) -> None:
+        """As PidPool's; also note the loop in which connections live."""
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._loop = None
+        super().start_idle_thread()
+
+    def pause(self, seconds: float) -> None:
+        """Let other tasks go on."""
+        await_only(asyncio.sleep(seconds))
+
+    def where_connections_may_be_closed(self, close: Callable[[], None]) -> None:
+        """Have the loop call `close` when it runs next."""
+        if self._loop is not None and self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(greenlet_spawn(close), self._loop)

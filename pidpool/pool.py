@@ -30,7 +30,9 @@ from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
 from pidpool.forks.takeover import OpenConnections, Takeover
 from pidpool.options import check_choice, check_number
+from pidpool.stats import holders, robust_lock
 from pidpool.stats.family import Family
+from pidpool.stats.family_memory import check_name as check_family_name
 from pidpool.stats.process_counters import (
     IN_STATE_SINCE,
     LAST_BUCKET,
@@ -67,10 +69,25 @@ class PidPool(HookedQueuePool):
     :param hold_warning: seconds; a checkout that lasts longer logs ``checkout.overdue`` once, with the
         line of code that made it, and ``checkout.returned_late`` when it ends. None: no such watch,
         at no cost. Otherwise a daemon thread watches, started with the first checkout.
+    :param family: a name. All processes of this user on this host that make a pool with the same name are one
+        family: their stats are shown together, however they were started. None: a family is the process
+        that made the pool and all that are forked from it. Its memory is found by a file in
+        ``PIDPOOL_FAMILY_DIR``, ``/dev/shm`` or `tempfile.gettempdir`. If it can't be shared, the event
+        ``family.private`` says why.
+    :param family_limit: how many connections all processes of the family may have open, or be opening, at a
+        time. A checkout that needs a new one waits up to `timeout` seconds until the family has fewer. Needs
+        robust mutexes (Linux). While a process wants a connection and there is none left for it, others close
+        connections that they don't use, or have beyond their share. A daemon thread closes those of a process
+        that does nothing; it sleeps until another process wants one. None: no limit, and no thread.
+    :param max_idle: seconds after which an idle connection is closed, the last one too. None: never, and no
+        thread looks for them.
+    :param recycle_jitter: 0 to 1: by which share of ``recycle`` a connection may be recycled earlier. Each
+        has a random part of it, so that connections made together do not end together.
     :param logger: a structlog or stdlib logger for the pool's events. None: structlog's own or, if
         structlog is not configured, ``logging.getLogger("pidpool")``.
     :raises ValueError: if an option has a value that it does not take.
     :raises TypeError: if an option has a value of the wrong type.
+    :raises PermissionError: if the family's file is not this user's own.
     """
 
     on_foreign: OnForeign
@@ -86,6 +103,10 @@ class PidPool(HookedQueuePool):
         on_foreign: OnForeign = "replace",
         inherited_sockets: InheritedSockets = "sever",
         hold_warning: float | None = None,
+        family: str | None = None,
+        family_limit: int | None = None,
+        max_idle: float | None = None,
+        recycle_jitter: float = 0.0,
         logger: Any = None,
         **options: Any,
     ) -> None:
@@ -100,16 +121,38 @@ class PidPool(HookedQueuePool):
         check_number("recycle", options.get("recycle", -1), -1, remedy=remedy)
         if hold_warning is not None:
             check_number("hold_warning", hold_warning, 0, remedy="in seconds, or None for no warnings")
+        if family is not None:
+            check_family_name(family)
+        if family_limit is not None:
+            remedy = "connections of all processes together, or None for no limit"
+            check_number("family_limit", family_limit, 1, whole=True, remedy=remedy)
+            if not robust_lock.IS_THERE:
+                raise ValueError(
+                    f"family_limit={family_limit!r}: needs robust mutexes, which Linux has; take None"
+                )
+        if max_idle is not None:
+            check_number("max_idle", max_idle, 0, remedy="in seconds, or None to keep idle connections")
+        remedy = "at most 1: the share of pool_recycle by which a connection may be recycled earlier"
+        check_number("recycle_jitter", recycle_jitter, 0, remedy=remedy)
+        if recycle_jitter > 1:
+            raise ValueError(f"recycle_jitter={recycle_jitter!r}: takes a number of 0 or more, {remedy}")
         if logger is not None and not callable(getattr(logger, "warning", None)):
             raise TypeError(f"logger={logger!r}: takes a structlog logger, or None for structlog's own")
         self.on_foreign = on_foreign
         self.inherited_sockets = inherited_sockets
         self.hold_warning = hold_warning
+        self.max_idle = max_idle
+        self.recycle_jitter = recycle_jitter
         self._refusal: _Refusal | None = None
         unlimited = pool_size == 0 or max_overflow < 0
-        family = Family(pool_size, -1 if unlimited else max_overflow, hold_warning)
-        self.pool_events = PoolEvents(
-            options.get("logging_name"), logger, family, detection.mark_unreported, address_of(creator)
+        # Of the pool that this one is recreated from.
+        events: PoolEvents | None = options.pop("_pool_events", None)
+        self.pool_events = events or PoolEvents(
+            options.get("logging_name"),
+            logger,
+            Family(pool_size, -1 if unlimited else max_overflow, family, family_limit, hold_warning),
+            detection.mark_unreported,
+            address_of(creator),
         )
         if fork_state[0] != SETTLED:
             detection.settle()
@@ -121,7 +164,14 @@ class PidPool(HookedQueuePool):
             use_lifo=use_lifo,
             **options,
         )
+        budget = self.pool_events.budget
+        self.waits_in_turns = budget is not None or max_idle is not None
+        self.wanted = None if budget is None else budget.wanted
         takeover.add_pool(self)
+        shared = self.pool_events.family
+        if shared.private is not None and events is None:
+            with held_back():  # structlog may be configured after the engine is made
+                self.pool_events.family_private(shared.name, shared.private)
 
     # -- the doors
 
@@ -138,9 +188,8 @@ class PidPool(HookedQueuePool):
         started = time.perf_counter_ns()
         try:
             checkout = check_out(self)
-        except exc.TimeoutError:
-            waited = (time.perf_counter_ns() - started) / 1e9
-            self.pool_events.checkout_timed_out(waited, self.size(), self.overflow(), self.checkedout())
+        except exc.TimeoutError as error:
+            self._report_timeout(error, (time.perf_counter_ns() - started) / 1e9)
             raise
         now = time.perf_counter_ns()
         waited_ns = now - started
@@ -159,6 +208,19 @@ class PidPool(HookedQueuePool):
         if is_logged or self.hold_warning is not None:
             self._watch(entry, waited_ns / 1e9, now / 1e9, is_logged)
         return checkout
+
+    def _report_timeout(self, error: exc.TimeoutError, waited: float) -> None:
+        """Count and log a checkout that found no connection; name what keeps the connections."""
+        family = self.pool_events.family.read(self.pool_events.pool)
+        tagged = ((each.pidpool_tag, each.checked_out_at) for each in self.records())
+        lines = {tag.connection_id: line for tag, line in tagged if tag is not None}
+        held_longest = holders.longest(family, lines)
+        if self.pool_events.family.name is not None or family.limit is not None:
+            named = f"; held longest: {held_longest}" if held_longest else ""
+            error.args = (f"{error.args[0]}; the family has {holders.state(family)}{named}", *error.args[1:])
+        self.pool_events.checkout_timed_out(
+            waited, self.size(), self.overflow(), self.checkedout(), family, held_longest
+        )
 
     def _watch(self, entry: PidPoolEntry, waited: float, now: float, is_logged: bool) -> None:
         """Log a checkout, and keep what is to be logged of its end."""
@@ -190,14 +252,17 @@ class PidPool(HookedQueuePool):
         if fork_state[0] != SETTLED:
             detection.settle()
         self.logger.info("Pool recreating")
-        pool = self.__class__(
+        return self.__class__(
             on_foreign=self.on_foreign,
             inherited_sockets=self.inherited_sockets,
             hold_warning=self.hold_warning,
+            family=self.pool_events.family.name,
+            family_limit=self.pool_events.family.limit,
+            max_idle=self.max_idle,
+            recycle_jitter=self.recycle_jitter,
+            _pool_events=self.pool_events,
             **self.constructor_options(),
         )
-        pool.pool_events = self.pool_events
-        return pool
 
     # -- its state and its counters
 
@@ -236,7 +301,9 @@ class PidPool(HookedQueuePool):
         return self.pool_events.family.read_own(self.pool_events.counters, self.pool_events.pool)
 
     def family_stats(self) -> FamilyStats:
-        """Return a snapshot of this pool in all processes: the one that made it and all forked from it.
+        """Return a snapshot of this pool in all processes of its family.
+
+        Those are the process that made it and all forked from it, and under a `family` all that named it.
 
         Read from memory that they share: it asks no other process and waits for none. Processes that have
         ended or were killed are in it with what they had counted.

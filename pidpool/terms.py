@@ -21,7 +21,9 @@ SocketAction = Literal["severed", "kept"]
 Trigger = Literal["hook", "lazy"]
 """What noticed a fork: the at-fork hook of Python, or the first use of a pool."""
 
-CloseReason = Literal["recycled", "invalidated", "overflow", "disposed", "detached", "failed"]
+CloseReason = Literal[
+    "recycled", "invalidated", "overflow", "disposed", "detached", "failed", "given back", "idle"
+]
 """Why a process closed a connection that it owns."""
 
 OnForeign = Literal["replace", "refuse"]

@@ -4,6 +4,7 @@ beside `_ConnectionRecord` in sqlalchemy/pool/base.py.
 
 from __future__ import annotations
 
+import random
 import time
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, ownership, severing
 from pidpool.forks.detection import FORKED, fork_state
 from pidpool.forks.ownership import Checkout, OwnedConnection
+from pidpool.stats.budget import Permit
 from pidpool.stats.process_counters import SCRATCH, ProcessCounters, write_connection
 from pidpool.tag import ConnectionTag
 from pidpool.terms import CloseReason, InheritedSockets
@@ -27,6 +29,10 @@ class PoolOfEntries(Protocol):
     """The pool of an entry, as far as the entry needs it."""
 
     pool_events: PoolEvents
+
+    def wait_for_permit(self) -> Permit | None:
+        """Return a permit to open a connection; None if the family has no limit."""
+
     inherited_sockets: InheritedSockets
 
 
@@ -47,6 +53,7 @@ class PidPoolEntry(_ConnectionRecord):
         "counters",
         "slot_number",
         "slot",
+        "permit",
     )
 
     owned: OwnedConnection | None
@@ -62,8 +69,11 @@ class PidPoolEntry(_ConnectionRecord):
     slot_number: int
     slot: memoryview
     """Its part of those counters: its checkouts are counted there."""
+    permit: Permit | None
+    """For the connection that it is about to open, if the family has a limit."""
 
-    def __init__(self, pool: PoolOfEntries, connect: bool = True) -> None:
+    def __init__(self, pool: PoolOfEntries, connect: bool = True, permit: Permit | None = None) -> None:
+        self.permit = permit
         self.owned = None
         self.inherited = False
         self.close_reason = "recycled"
@@ -82,8 +92,12 @@ class PidPoolEntry(_ConnectionRecord):
         :param create: SQLAlchemy's function that opens one for an entry.
         """
         connection = create(self)
+        if fork_state[0] == FORKED:
+            detection.notice_fork()  # the creator has forked: the child's connection is no inherited one
         sever = self.pidpool.inherited_sockets == "sever"
         self.own(ownership.tag_connection(connection, self, sever=sever))
+        self._hand_permit_over(connection)
+        self.pidpool.start_idle_thread()
         severing.prepare_to_sever()
         try:
             # One statement, once in a family, before the application has the connection.
@@ -93,6 +107,20 @@ class PidPoolEntry(_ConnectionRecord):
         except Exception:
             self.pidpool.logger.debug("The server's max_connections could not be read", exc_info=True)
         return connection
+
+    def _hand_permit_over(self, connection: Any) -> None:
+        """Have the connection just opened keep the permit until it is closed."""
+        budget = self.pool_events.budget
+        if budget is None or self.owned is None:
+            return
+        if self.permit is None or not self.permit.is_of(budget):
+            # The creator has forked, this is the child, and the permit is the parent's.
+            try:
+                self.permit = self.pidpool.wait_for_permit()
+            except BaseException:
+                self.pidpool._close_connection(connection)
+                raise
+        self.owned.permit, self.permit = self.permit, None
 
     def mark_inherited(self) -> None:
         """Note, in a child, that this entry is the parent's, and so is the memory where it counts."""
@@ -173,6 +201,8 @@ class PidPoolEntry(_ConnectionRecord):
         self.close_reason = "failed"
         started = time.perf_counter()
         try:
+            if self.permit is None:
+                self.permit = self.pidpool.wait_for_permit()
             with detection.connecting():
                 started = time.perf_counter()
                 super()._ConnectionRecord__connect()  # type: ignore[misc]
@@ -181,6 +211,9 @@ class PidPoolEntry(_ConnectionRecord):
             raise
         finally:
             self.close_reason = "recycled"
+            if self.permit is not None:  # no connection was opened
+                self.permit.give_back()
+                self.permit = None
         if self.owned is not None:
             self.pool_events.connection_opened(self.owned.tag, time.perf_counter() - started)
 
@@ -216,3 +249,22 @@ class PidPoolEntry(_ConnectionRecord):
         self.finalize_callback.clear()
         self.dbapi_connection = None
         return True
+
+
+class JitteredEntry(PidPoolEntry):
+    """An entry that recycles its connection some time before the pool's ``recycle`` seconds are over."""
+
+    __slots__ = ("recycled_at",)
+
+    recycled_at: float
+    """Seconds since the epoch."""
+
+    def _ConnectionRecord__connect(self) -> None:
+        super()._ConnectionRecord__connect()
+        pool = self.pidpool
+        self.recycled_at = self.starttime + pool._recycle * (1 - pool.recycle_jitter * random.random())
+
+    def get_connection(self) -> Any:
+        if self.dbapi_connection is not None and time.time() > self.recycled_at:
+            self._soft_invalidate_time = time.time()  # SQLAlchemy recycles it
+        return super().get_connection()

@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy.util import queue as sqlalchemy_queue
@@ -44,9 +45,10 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         self._waiters: deque[_Waiter] = deque()
         self._is_abandoned = False
 
-    def get(self, block: bool = True, timeout: float | None = None) -> _T:
+    def get(self, block: bool = True, timeout: float | None = None, since: float | None = None) -> _T:
         """Get an item, waiting for `timeout` seconds at most.
 
+        :param since: `time.monotonic()` when the thread began to wait, if it does so in several calls.
         :raises sqlalchemy.util.queue.Empty: if there is none, or none in time.
         """
         try:
@@ -60,7 +62,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
             return item
         if timeout is not None and timeout < 0:
             raise ValueError("'timeout' must be a positive number")
-        return self._wait(timeout)
+        return self._wait(timeout, since)
 
     def put(self, item: _T, block: bool = True, timeout: float | None = None) -> None:
         """Put an item; never waits.
@@ -77,6 +79,21 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         # that one of the two sees the other.
         if self._waiters:
             self._serve_a_waiter()
+
+    def get_oldest(self, is_due: Callable[[_T], bool]) -> _T:
+        """Get the item that has been here for longest, if it is due.
+
+        :raises sqlalchemy.util.queue.Empty: if it is not, or if there is none.
+        """
+        try:
+            if not is_due(self.queue[0]):
+                raise sqlalchemy_queue.Empty
+            item = self.queue.popleft()  # a younger one, if another thread was first
+        except IndexError:
+            raise sqlalchemy_queue.Empty from None
+        if self.maxsize > 0:
+            self._free_places.append(None)
+        return item
 
     def get_nowait(self) -> _T:
         """Get an item that is there."""
@@ -128,10 +145,15 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
             return
         waiter.hand(item)
 
-    def _wait(self, timeout: float | None) -> _T:
+    def _wait(self, timeout: float | None, since: float | None) -> _T:
         waiter = _Waiter()
         deadline = math.inf if timeout is None else waiter.since + timeout
-        self._waiters.append(waiter)
+        if since is not None:
+            waiter.since = since
+        if waiter.since < time.monotonic() - PATIENCE:
+            self._waiters.appendleft(waiter)  # it has waited before
+        else:
+            self._waiters.append(waiter)
         taken = False
         item: Any = None
         try:

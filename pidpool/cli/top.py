@@ -99,8 +99,9 @@ def _shown(
 ) -> RenderableType:
     if not families:
         return Text("The endpoint has no pool.")
-    # A family takes 9 lines besides its processes, and the heading 2.
-    rows = None if height is None else max(1, (height - 2) // len(families) - 9)
+    # A family takes 9 lines besides its processes, 10 with a limit, and the heading 2.
+    lines = 9 + any(family.limit is not None for family in families)
+    rows = None if height is None else max(1, (height - 2) // len(families) - lines)
     return Group(*(_family(family, before.get(family.pool), width, rows) for family in families))
 
 
@@ -109,6 +110,8 @@ def _family(family: Family, before: Family | None, width: int, rows: int | None)
     now = rates(family.tally, before.tally if before else None, seconds, family.bounds)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("  connections", _connections(family))
+    if family.limit is not None:
+        facts.add_row("  family limit", _limit(family, family.limit))
     facts.add_row("  checkouts", _checkouts(now))
     facts.add_row("  inherited", _inherited(family.tally))
     facts.add_row("  of them", _leaks(family.tally))
@@ -136,6 +139,13 @@ def _connections(family: Family) -> Text:
         line.append(f"; {most}, more than the server's {server}", "bold red")
     else:
         line.append(f"; {most} of the server's {server}")
+    return line
+
+
+def _limit(family: Family, limit: int) -> Text:
+    line = Text(f"{family.permits} of {limit} taken, ")
+    line.append(f"{family.wanting} wanted", "bold yellow" if family.wanting else "")
+    line.append(f", {family.given_back} given back")
     return line
 
 

@@ -18,6 +18,9 @@ class AsyncPG(Driver):
     def in_transaction(self, connection: Any) -> bool | None:
         return bool(connection.driver_connection.is_in_transaction())
 
+    def is_busy(self, connection: Any) -> bool | None:
+        return bool(connection._execute_mutex.locked())  # the adapter's, held during each statement
+
     def settings(self, connection: Any) -> Settings | None:
         names = ("isolation_level", "_isolation_setting", "readonly", "deferrable")
         return {name: getattr(connection, name) for name in names}

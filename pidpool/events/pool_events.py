@@ -18,6 +18,7 @@ from pidpool.events.logger import EventLogger
 from pidpool.events.pool_names import name_for
 from pidpool.stats.family import Family
 from pidpool.stats.process_counters import Count
+from pidpool.stats.snapshots import FamilyStats
 from pidpool.tag import ConnectionTag
 from pidpool.terms import CloseReason, SocketAction, StateAtFork, Trigger
 
@@ -78,7 +79,7 @@ class PoolEvents:
     Any thread may call the methods. In a block of `held_back` they log nothing: the event waits for
     `log_waiting`.
 
-    :param pool: the pool's name in every event; None for one that is made of `address`.
+    :param pool: the pool's name in every event; None for the family's, or one that is made of `address`.
     :param logger: see `EventLogger`.
     :param family: the shared memory in which the process's counters are.
     :param note_waiting: called when an event begins to wait.
@@ -95,13 +96,20 @@ class PoolEvents:
     ) -> None:
         self.family = family
         self.counters = family.join()
-        self.pool = pool or name_for(self, address)
+        self.budget = family.budget_for(self.counters)
+        self.pool = pool or family.name or name_for(self, address)
         self._pid = os.getpid()
         self._logger = EventLogger(logger)
         self.is_enabled = self._logger.is_enabled
         """``is_enabled(level)`` says whether an event of this level would be logged at present."""
         self._note_waiting = note_waiting
         self._waiting: deque[_WaitingEvent] = deque(maxlen=MOST_WAITING)
+
+    def __del__(self) -> None:
+        # The pool has gone, and all its entries with it. A named family's memory stays.
+        counters = self.__dict__.get("counters")
+        if counters is not None:
+            counters.end()
 
     # -- a connection's life
 
@@ -140,6 +148,10 @@ class PoolEvents:
         self.counters.add_closed(reason)
         self._emit("info", "connection.closed", tag, reason=reason)
 
+    def connection_given_back(self, tag: ConnectionTag, idle: float) -> None:
+        """A connection, idle for so many seconds, was closed since another process wanted a permit."""
+        self._emit("info", "connection.given_back", tag, idle=round(idle, 6))
+
     def connection_invalidated(self, tag: ConnectionTag, soft: bool, error: BaseException | None) -> None:
         """A connection was invalidated, hard or soft."""
         self.counters.add(Count.INVALIDATIONS)
@@ -149,8 +161,13 @@ class PoolEvents:
 
     # -- checkouts that took or lasted too long
 
-    def checkout_timed_out(self, wait_time: float, size: int, overflow: int, checked_out: int) -> None:
-        """No connection was free for `wait_time` seconds."""
+    def checkout_timed_out(
+        self, wait_time: float, size: int, overflow: int, checked_out: int, family: FamilyStats, holders: str
+    ) -> None:
+        """No connection was free for `wait_time` seconds.
+
+        `family`: all processes at that moment. `holders`: the checkouts that had lasted longest.
+        """
         self.counters.add(Count.TIMEOUTS)
         self._emit(
             "warning",
@@ -159,6 +176,11 @@ class PoolEvents:
             size=size,
             overflow=overflow,
             checked_out=checked_out,
+            family_limit=family.limit,
+            family_used=family.used,
+            family_idle=family.idle,
+            family_wanting=family.wanting,
+            holders=holders,
         )
 
     def checkout_overdue(
@@ -289,6 +311,10 @@ class PoolEvents:
             server_max_connections=server_max_connections,
         )
 
+    def family_private(self, family: str | None, reason: str) -> None:
+        """A named family can't be shared: it is this process and those forked from it."""
+        self._emit("warning", "family.private", family=family, reason=reason)
+
     # -- how an event is logged
 
     def begin_anew(self, parent_pid: int, trigger: Trigger) -> None:
@@ -300,6 +326,7 @@ class PoolEvents:
             self._pid = os.getpid()
             self._waiting = deque(maxlen=MOST_WAITING)
             self.counters = self.family.join(parent_pid)
+            self.budget = self.family.budget_for(self.counters)
             self.counters.add_adoption(trigger)
 
     def log_waiting(self) -> None:

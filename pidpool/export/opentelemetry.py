@@ -50,8 +50,8 @@ def instrument(engine: Source, meter_provider: MeterProvider | None = None) -> N
 
     Each process reports its own part of the pool, from zero after a fork: forked workers export as
     they would without this, each by itself, and differ in the attribute ``process.pid``. Only
-    ``pidpool.processes``, ``.unlisted_processes``, ``.possible_maximum`` and
-    ``.server_max_connections`` are of the whole family; don't add those up over processes.
+    ``pidpool.processes``, ``.unlisted_processes``, ``.possible_maximum``, ``.family_limit``, ``.permits``,
+    ``.wanting`` and ``.server_max_connections`` are of the whole family; don't add those up over processes.
 
     The conventions' ``create_time``, ``wait_time`` and ``use_time`` are histograms, and OpenTelemetry
     has no histogram whose buckets could be handed over when it collects; to record each checkout would

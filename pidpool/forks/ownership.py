@@ -47,6 +47,12 @@ class Entry(Protocol):
     def current_checkout(self) -> Checkout | None: ...
 
 
+class Permit(Protocol):
+    """What the family's budget gives for each connection."""
+
+    def give_back(self) -> None: ...
+
+
 class OwnedConnection:
     """A connection that this process opened, as long as it lives. Holds no reference to it."""
 
@@ -55,6 +61,7 @@ class OwnedConnection:
         "sever",
         "detached",
         "used_by",
+        "permit",
         "_connection",
         "_entry",
         "_identity",
@@ -73,6 +80,8 @@ class OwnedConnection:
         # disown: weak references go first.
         self.used_by: Entry | None = None
         """The pool's entry, while it is checked out."""
+        self.permit: Permit | None = None
+        """The connection's permit, if its family has a limit; given back once it is closed."""
         self._identity = identity
         self._key = id(connection)
         self._entry: weakref.ref[Entry] = weakref.ref(entry)
@@ -127,6 +136,12 @@ class OwnedConnection:
         if fork_state[0] == FORKED:
             self.sever_socket()
         self.let_go()
+        self.give_back_permit()
+
+    def give_back_permit(self) -> None:
+        """Let another process of the family open a connection in the place of this one, which is closed."""
+        if self.permit is not None:
+            self.permit.give_back()
 
 
 owned_connections: dict[int, OwnedConnection] = {}

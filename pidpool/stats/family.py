@@ -1,33 +1,39 @@
-"""The memory that a pool's processes share: a block of counters for each process, and the sums of the
+"""The memory that a family's processes share: a block of counters for each process, and the sums of the
 departed, whose blocks were given to others.
 
-The memory is made with the pool, before any fork, so every forked child has it and joins. Only joining
-takes a lock, for a bounded time. No process waits for a reader.
+A family without a name has memory that is made with the pool, before any fork, so every forked child has it
+and joins. A named one is joined by each process that makes a pool of that family. Only joining takes a lock,
+for a bounded time. No process waits for a reader.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-from pidpool.stats import error_types, process, process_counters
+from pidpool.stats import budget, error_types, family_memory, process, process_counters
+from pidpool.stats.budget import Budget
 from pidpool.stats.error_types import ErrorTypes
+from pidpool.stats.family_memory import NoSharedMemory
 from pidpool.stats.process_counters import (
     ENDED,
     GENERATION,
     HEAD_CELLS,
+    HOLD_WARNING,
     JOINED,
+    MAX_OVERFLOW,
     PARENT_PID,
     PID,
     SINCE,
+    SIZE,
     SLOT_CELLS,
     SLOTS_USED,
-    PoolLimits,
+    STACK,
     ProcessCounters,
 )
+from pidpool.stats.robust_lock import IS_THERE as HAS_LOCKS
 from pidpool.stats.robust_lock import SIZE as LOCK_SIZE
 from pidpool.stats.robust_lock import RobustLock
 from pidpool.stats.snapshots import FamilyStats, PoolStats
@@ -44,10 +50,14 @@ of a millisecond, but hundreds of processes may want the processor at that momen
 
 _MAX_SLOTS = 1024
 
+_NAMED_SLOTS = 129
+"""The slots of each block in a named family, whose pools may differ in size."""
+
 # -- the head of the memory, in cells behind the lock
 
-_BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 5)
-_ERROR_TYPES = LOCK_SIZE // 8 + 8
+_BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS, _KEY = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 6)
+_BUDGET = _KEY + 1
+_ERROR_TYPES = LOCK_SIZE // 8 + 16
 _DEPARTED = _ERROR_TYPES + error_types.CELLS
 """Two buffers for the sums of the departed. The low bit of the flip count selects the valid buffer. The next
 sums are made in the other buffer, so a process that is killed meanwhile has changed nothing."""
@@ -62,37 +72,87 @@ _BUFFER_CELLS = 3 + process_counters.cells_of_a_block(1)
 _FIRST_BLOCK = _DEPARTED + 2 * _BUFFER_CELLS
 
 
+assert _BUDGET + budget.CELLS <= _DEPARTED
+
+
 class Family:
     """The shared memory of one pool, in all processes that have it.
 
     Threads: any number may use it. Forks: a child goes on with its parent's object. A process that is
     killed at any instruction leaves nothing locked and nothing half written.
 
-    :param size: the pool's ``pool_size``.
-    :param max_overflow: the pool's ``max_overflow``.
-    :param hold_warning: the pool's ``hold_warning``, in seconds.
+    :param size: the pool's ``pool_size`` in this process.
+    :param max_overflow: the pool's ``max_overflow`` in this process; -1 for no limit.
+    :param hold_warning: the pool's ``hold_warning`` in this process, in seconds; None for none.
+    :param name: the family's name, by which any process of the same user joins it. None: the family is this
+        process and those that are forked from it.
+    :param limit: how many connections the family may have open; None for no limit.
+    :raises FamilyRefused: if the family's file is not this user's own.
     """
 
-    def __init__(self, size: int, max_overflow: int, hold_warning: float | None = None) -> None:
-        self._limits = PoolLimits(size, max_overflow, hold_warning)
-        limited = size and max_overflow >= 0
-        # Twice the pool's maximum: a disposed pool may have checkouts while its successor is full.
-        self._slots = min(2 * (size + max_overflow), _MAX_SLOTS) + 1 if limited else _MAX_SLOTS
-        self.block_cells = process_counters.cells_of_a_block(self._slots)
+    def __init__(
+        self,
+        size: int,
+        max_overflow: int,
+        name: str | None = None,
+        limit: int | None = None,
+        hold_warning: float | None = None,
+    ) -> None:
+        self.name = name
+        self.limit = limit
+        self.private: str | None = None
+        """Why the family has no other processes than those forked from this one, although it has a name."""
+        self._size, self._max_overflow, self._hold_warning = size, max_overflow, hold_warning
         self._blocks = BLOCKS
-        try:
-            # Pages that are never touched take no memory.
-            memory = mmap.mmap(-1, (_FIRST_BLOCK + self._blocks * self.block_cells) * 8)
-        except (OSError, ValueError):  # a limit on address space
-            self._blocks = 1
-            memory = mmap.mmap(-1, (_FIRST_BLOCK + self.block_cells) * 8)
-        self._cells = memoryview(memory).cast("Q")
-        self._lock = RobustLock(memory)
+        memory = None if name is None else self._named_memory(name)
+        is_new = memory is None
+        self._is_named = not is_new
+        if memory is None:
+            memory = self._anonymous_memory()
+        self._cells = memory.cast("Q")
+        self._lock = RobustLock(memory, is_new=is_new)
         self.error_types = ErrorTypes(self._cells[_ERROR_TYPES:_DEPARTED], self._lock)
         """The names of the errors with which connects failed."""
         self._looked_at: tuple[int, int] | None = None
-        # The same in every process of the family, until one executes another program.
+        # The same in every process forked from this one, until one executes another program.
         self._stack = process.own_stack()
+
+    def _named_memory(self, name: str) -> memoryview | None:
+        self._set_slots(_NAMED_SLOTS)
+
+        def prepare(memory: memoryview, key: int) -> None:
+            RobustLock(memory)
+            memory.cast("Q")[_KEY] = key
+
+        try:
+            if not HAS_LOCKS:
+                raise NoSharedMemory("this system has no robust mutexes")
+            shape = f"{self._blocks}x{self._slots}"
+            return family_memory.named(
+                name, shape, self._bytes(), lambda memory: int(memory.cast("Q")[_KEY]), prepare
+            )
+        except NoSharedMemory as error:
+            self.private = str(error)
+            return None
+
+    def _anonymous_memory(self) -> memoryview:
+        limited = self._size and self._max_overflow >= 0
+        # Twice the pool's maximum: a disposed pool may have checkouts while its successor is full.
+        maximum = min(2 * (self._size + self._max_overflow), _MAX_SLOTS) + 1
+        self._set_slots(maximum if limited else _MAX_SLOTS)
+        try:
+            # Pages that are never touched take no memory.
+            return family_memory.anonymous(self._bytes())
+        except (OSError, ValueError):  # a limit on address space
+            self._blocks = 1
+            return family_memory.anonymous(self._bytes())
+
+    def _set_slots(self, slots: int) -> None:
+        self._slots = slots
+        self.block_cells = process_counters.cells_of_a_block(slots)
+
+    def _bytes(self) -> int:
+        return (_FIRST_BLOCK + self._blocks * self.block_cells) * 8
 
     # -- joining
 
@@ -101,18 +161,24 @@ class Family:
 
         If the memory has no room, the block is visible to this process only. May run inside an at-fork hook.
         """
-        if self._cells[_BLOCKS_USED] == 0:
+        if self._cells[_BLOCKS_USED] == 0 and not self._is_named:
             return self._start(0, parent_pid)  # no other process has the memory yet
-        held = self._lock.acquire(_JOIN_WAIT)
-        try:
-            number = self._free_block() if held else None
-            if number is not None:
-                return self._start(number, parent_pid)
+        started: list[ProcessCounters] = []
+
+        def start() -> None:
+            number = self._free_block()
+            if number is None:
+                self._cells[_UNLISTED] += 1
+            else:
+                started.append(self._start(number, parent_pid))
+
+        if not self._lock.run(_JOIN_WAIT, start):
             self._cells[_UNLISTED] += 1
-        finally:
-            if held:
-                self._lock.release()
-        return self._enter(memoryview(bytearray(self.block_cells * 8)).cast("Q"), parent_pid)
+        if started:
+            return started[0]
+        unlisted = self._enter(memoryview(bytearray(self.block_cells * 8)).cast("Q"), parent_pid)
+        unlisted.is_listed = False
+        return unlisted
 
     def _start(self, number: int, parent_pid: int | None) -> ProcessCounters:
         own = self._enter(self._block(number), parent_pid)
@@ -130,6 +196,10 @@ class Family:
             _clear(block[GENERATION + 1 : HEAD_CELLS])
         block[PARENT_PID] = parent_pid or 0
         block[JOINED] = process.boot_time()
+        block[STACK] = self._stack
+        block[SIZE] = self._size
+        block[MAX_OVERFLOW] = self._max_overflow + 1
+        block[HOLD_WARNING] = 0 if self._hold_warning is None else int(self._hold_warning * 1e6) + 1
         block[SINCE] = int(time.time() * 1e6)
         block[PID] = os.getpid()
         return ProcessCounters(block, self._slots)
@@ -149,7 +219,7 @@ class Family:
             # One read of /proc for each process, so all that have ended are marked at once.
             for number in range(used):
                 block = self._block(number)
-                if not self._is_alive(block):
+                if not self.is_alive(block):
                     block[ENDED] = 1
                     ended.append(number)
         if not ended:
@@ -171,6 +241,20 @@ class Family:
         then[_COUNT] += 1
         self._cells[_FLIPS] = flips + 1  # this single write makes the new sums valid
 
+    # -- the budget
+
+    def budget_for(self, own: ProcessCounters) -> Budget | None:
+        """Return the budget as this process has it; None if the family has no limit."""
+        if self.limit is None:
+            return None
+        head = self._cells[_BUDGET : _BUDGET + budget.CELLS]
+        # The permits of an unlisted process could not be counted, so it gets none.
+        return Budget(head, self._lock, self, own, self.limit if own.is_listed else 0)
+
+    def blocks(self) -> list[memoryview]:
+        """Return the blocks that have been used."""
+        return [self._block(number) for number in range(self._cells[_BLOCKS_USED])]
+
     # -- reading
 
     def read(self, name: str) -> FamilyStats:
@@ -189,7 +273,7 @@ class Family:
         cells = [block.tolist() for block in found]
         sums = [process_counters.sum_slots(each) for each in cells]
         processes = [
-            self._process_stats(each, its_sums, name, alive=self._is_alive(block))
+            self._process_stats(each, its_sums, name, alive=self.is_alive(block))
             for block, each, its_sums in zip(found, cells, sums, strict=True)
         ]
         listed = _listed(processes)
@@ -200,6 +284,7 @@ class Family:
             departed=departed[_COUNT] + len(processes) - len(listed),
             unlisted=self._cells[_UNLISTED],
             server_max_connections=self.server_max_connections,
+            limit=self.limit,
             counters=process_counters.counters(
                 process_counters.add_blocks([departed[3:].tolist(), *sums]), self.error_types.names()
             ),
@@ -216,19 +301,12 @@ class Family:
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
-        return process_counters.pool_stats(
-            cells,
-            sums,
-            name,
-            self._limits,
-            alive=alive,
-            thread_names=names,
-            errors=self.error_types.names(),
-        )
+        errors = self.error_types.names()
+        return process_counters.pool_stats(cells, sums, name, alive=alive, thread_names=names, errors=errors)
 
-    def _is_alive(self, block: memoryview) -> bool:
+    def is_alive(self, block: memoryview) -> bool:
         """Return whether the process of a block still runs, and still has the pool."""
-        return not block[ENDED] and process.is_alive(block[PID], block[JOINED], self._stack)
+        return not block[ENDED] and process.is_alive(block[PID], block[JOINED], block[STACK])
 
     def _copies(self) -> Iterator[tuple[int, memoryview]]:
         for number in range(self._cells[_BLOCKS_USED]):
@@ -262,8 +340,7 @@ class Family:
         Otherwise, and after the first time in the family's life, return None.
         """
         limit = self.server_max_connections
-        each = self._limits.size + self._limits.max_overflow
-        if limit is None or self._cells[_WARNED] or self._cells[_BLOCKS_USED] * each <= limit:
+        if limit is None or self._cells[_WARNED]:
             return None
         joined = self._cells[_BLOCKS_USED], self._cells[_FLIPS]
         if joined == self._looked_at:

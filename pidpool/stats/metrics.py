@@ -196,8 +196,26 @@ FAMILY_NUMBERS = (
     FamilyNumber(
         "pidpool.possible_maximum",
         "{connection}",
-        "Running processes times what each may open (pool_size + max_overflow); absent if there is no limit.",
+        "What running processes may open: each pool_size + max_overflow, and family_limit at most together.",
         lambda family: family.maximum,
+    ),
+    FamilyNumber(
+        "pidpool.family_limit",
+        "{connection}",
+        "Connections that all processes may have open together (family_limit); absent if there is no limit.",
+        lambda family: family.limit,
+    ),
+    FamilyNumber(
+        "pidpool.permits",
+        "{connection}",
+        "Connections open or being opened, as the family's limit counts them; absent if there is no limit.",
+        lambda family: None if family.limit is None else family.permits,
+    ),
+    FamilyNumber(
+        "pidpool.wanting",
+        "{thread}",
+        "Threads that wait until the family has fewer connections than its limit; absent if there is none.",
+        lambda family: None if family.limit is None else family.wanting,
     ),
     FamilyNumber(
         "pidpool.server_max_connections",

@@ -21,7 +21,6 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
@@ -48,21 +47,33 @@ ENDED = 5
 """1 after another process has seen that this one has ended."""
 SLOTS_USED = 6
 """Slots at and above this one have never been used."""
-WAITING = 7
+STACK = 7
+"""The process's `own_stack`."""
+SIZE = 8
+"""The pool's `pool_size` in this process."""
+MAX_OVERFLOW = 9
+"""The pool's `max_overflow` in this process, plus one; 0 for no limit."""
+PERMITS = 10
+"""Connections of the process that are open or being opened, if the family has a limit (see budget.py)."""
+WANTING = 11
+"""Threads that want a permit and have found none."""
+HOLD_WARNING = 12
+"""The pool's `hold_warning` in this process in microseconds, plus one; 0 for none."""
+WAITING = 13
 """Threads that wait for a connection: the last cell of the head that can go down."""
 
 
 class Count(IntEnum):
     """The plain counts of a process, each with its cell."""
 
-    TIMEOUTS = 8
-    INVALIDATIONS = 9
-    SEVERED = 10
-    KEPT = 11
-    REPLACED = 12
-    REFUSED = 13
-    FORKS = 14
-    OVERDUE = 15
+    TIMEOUTS = 14
+    INVALIDATIONS = 15
+    SEVERED = 16
+    KEPT = 17
+    REPLACED = 18
+    REFUSED = 19
+    FORKS = 20
+    OVERDUE = 21
 
 
 _CLOSED = max(Count) + 1
@@ -140,11 +151,18 @@ class ProcessCounters:
         self.cells = cells
         # Reentrant, since a finalizer may count something inside any line here.
         self._lock = threading.RLock()
+        self.is_listed = True
+        """False if the family had no room, so that no other process can see the block."""
         self._slots = slots
         self._free: list[int] = []
         # Not fork.current(): inside an at-fork hook that is still the parent.
         self._pid = os.getpid()
         self._entries: dict[int, _EntryReference] = {}
+
+    def end(self) -> None:
+        """Note that this process has the pool no more, though it may run on."""
+        if self._is_of_this_process():
+            self.cells[ENDED] = 1
 
     def entries(self) -> list[Entry]:
         """Return the pool entries that have a slot here."""
@@ -186,11 +204,19 @@ class ProcessCounters:
 
         If a greenlet goes on in a forked child, leaving the block there changes nothing.
         """
-        self._add(WAITING)
+        self.add_waiting(1)
         try:
             yield
         finally:
-            self._add(WAITING, -1)
+            self.add_waiting(-1)
+
+    def add_waiting(self, number: int) -> None:
+        """Count threads that wait for a connection."""
+        self._add(WAITING, number)
+
+    def add_wanting(self, number: int) -> None:
+        """Count threads that want a permit of the family's budget."""
+        self._add(WANTING, number)
 
     def _add(self, cell: int, number: int = 1) -> None:
         if not self._is_of_this_process():
@@ -268,16 +294,6 @@ SCRATCH = memoryview(bytearray(SLOT_CELLS * 8)).cast("Q")
 # -- reading
 
 
-@dataclass(frozen=True)
-class PoolLimits:
-    """The limits that a pool has in each process of its family."""
-
-    size: int
-    max_overflow: int
-    hold_warning: float | None = None
-    """Seconds after which a checkout is overdue."""
-
-
 def copy_block(cells: memoryview) -> memoryview:
     """Return a copy of the used part of a block, in which no connection is half written."""
     length = HEAD_CELLS + cells[SLOTS_USED] * SLOT_CELLS
@@ -297,7 +313,6 @@ def pool_stats(
     cells: list[int],
     sums: list[int],
     name: str,
-    limits: PoolLimits,
     *,
     alive: bool,
     thread_names: Mapping[int, str],
@@ -344,24 +359,27 @@ def pool_stats(
             )
         )
     overdue = None
-    if limits.hold_warning is not None:
+    if cells[HOLD_WARNING]:
+        hold_warning = (cells[HOLD_WARNING] - 1) / 1e6
         held = [each.in_state for each in connections if each.state == "used"]
-        overdue = sum(seconds >= limits.hold_warning for seconds in held) if alive else 0
+        overdue = sum(seconds >= hold_warning for seconds in held) if alive else 0
     return PoolStats(
         pool=name,
         pid=cells[PID],
         parent_pid=cells[PARENT_PID] or None,
         alive=alive,
         since=cells[SINCE] / 1e6,
-        size=limits.size,
-        max_overflow=limits.max_overflow,
-        overflow=taken - limits.size if limits.size else 0,
+        size=cells[SIZE],
+        max_overflow=cells[MAX_OVERFLOW] - 1,
+        overflow=taken - cells[SIZE] if cells[SIZE] else 0,
         idle=sum(each.thread_id is None for each in connections) + beyond_idle if alive else 0,
         used=used if alive else 0,
         waiting=cells[WAITING] if alive else 0,
         overdue=overdue,
         counters=counters(sums, errors),
         connections=tuple(connections) if alive else (),
+        permits=cells[PERMITS] if alive else 0,
+        wanting=cells[WANTING] if alive else 0,
     )
 
 

@@ -1,14 +1,18 @@
 """A lock in shared memory that a process takes with it when it is killed: POSIX's robust mutex.
 
-For processes, not for threads: it says so instead of waiting if the same thread has it already.
+A thread that has it already does not wait for itself (`RobustLock.run`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
+import os
+import sys
+import threading
 import time
+from collections.abc import Callable
+from types import FrameType
 
 SIZE = 64
 """Bytes; pthread_mutex_t has 40 on x86-64, 48 on AArch64 (glibc and musl)."""
@@ -41,17 +45,22 @@ def _library() -> ctypes.CDLL | None:
 
 _c = _library()
 
+IS_THERE = _c is not None
+"""Whether this system has such locks; where it has none they can't be acquired."""
+
 
 class RobustLock:
-    """A lock in the first `SIZE` bytes of a shared mapping; made before the first fork, and used by every
-    process that has the mapping.
+    """A lock in the first `SIZE` bytes of shared memory, used by every process that has it.
 
-    :param memory: the `mmap.mmap`, which this object keeps.
+    :param memory: the memory, which this object keeps.
+    :param is_new: whether to make the lock. It must be made once only, before another process has the memory.
     """
 
-    def __init__(self, memory: mmap.mmap) -> None:
+    def __init__(self, memory: memoryview, *, is_new: bool = True) -> None:
         self._mutex = (ctypes.c_char * SIZE).from_buffer(memory)
-        if _c is None:
+        self._users: dict[tuple[int, int], FrameType] = {}
+        """The call of `run` that each thread is in."""
+        if _c is None or not is_new:
             return
         attributes = ctypes.create_string_buffer(SIZE)
         _c.pthread_mutexattr_init(attributes)
@@ -59,6 +68,27 @@ class RobustLock:
         _c.pthread_mutexattr_setrobust(attributes, _ROBUST)
         _c.pthread_mutexattr_settype(attributes, _ERRORCHECK)
         _c.pthread_mutex_init(self._mutex, attributes)
+
+    def run(self, seconds: float, work: Callable[[], object]) -> bool:
+        """Call `work` with the lock; False, and no call, if the lock could not be had within `seconds`.
+
+        Also if this thread has the lock already: a finalizer or a signal may come in the middle of `work`.
+        """
+        # With the pid, since a child inherits the dict.
+        user = os.getpid(), threading.get_ident()
+        if user in self._users and _is_running(self._users[user], sys._getframe()):
+            return False
+        try:
+            self._users[user] = sys._getframe()
+            if not self.acquire(seconds):
+                return False
+            work()
+            return True
+        finally:
+            # If an interrupt keeps these lines from running, the thread's next call finds that it has the
+            # lock, and goes on. Not to have it is no error.
+            self._users.pop(user, None)
+            self.release()
 
     def acquire(self, seconds: float) -> bool:
         """Take the lock; False if it could not be had within `seconds`."""
@@ -71,9 +101,16 @@ class RobustLock:
             status = _c.pthread_mutex_timedlock(self._mutex, ctypes.byref(limit))
         if status == errno.EOWNERDEAD:
             status = _c.pthread_mutex_consistent(self._mutex)
-        return bool(status == 0)
+        return status in (0, errno.EDEADLK)
 
     def release(self) -> None:
-        """Give the lock back."""
-        assert _c is not None
-        _c.pthread_mutex_unlock(self._mutex)
+        """Give the lock back; does nothing if this thread has it not."""
+        if _c is not None:
+            _c.pthread_mutex_unlock(self._mutex)
+
+
+def _is_running(frame: FrameType, inner: FrameType | None) -> bool:
+    """Return whether one frame, directly or not, has called another."""
+    while inner is not None and inner is not frame:
+        inner = inner.f_back
+    return inner is not None

@@ -66,7 +66,7 @@ class Counters:
     """Connects that failed, by the class of the error: the first eight classes of a family, ``_OTHER`` for
     all further ones."""
     closed: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """By reason: recycled, invalidated, overflow, disposed, detached, failed."""
+    """By reason: recycled, invalidated, overflow, disposed, detached, failed, given back, idle."""
     checkouts: int = 0
     checkins: int = 0
     timeouts: int = 0
@@ -153,6 +153,10 @@ class PoolStats:
     """Checkouts that last longer than `hold_warning` at present; None without a `hold_warning`."""
     counters: Counters
     connections: tuple[ConnectionStats, ...]
+    permits: int = 0
+    """Connections that are open or being opened, if the family has a limit."""
+    wanting: int = 0
+    """Threads that wait until the family has fewer connections than its limit."""
 
     @property
     def maximum(self) -> int | None:
@@ -183,6 +187,8 @@ class FamilyStats:
     """The server's ``max_connections``, where that is known."""
     counters: Counters
     """The sums over all processes, the departed ones included."""
+    limit: int | None = None
+    """`family_limit` in the process that took the snapshot; None for no limit."""
 
     @property
     def alive(self) -> int:
@@ -193,7 +199,10 @@ class FamilyStats:
     def maximum(self) -> int | None:
         """How many connections all running processes may have together; None for no limit."""
         maxima = [process.maximum for process in self.processes if process.alive]
-        return None if None in maxima else sum(filter(None, maxima))
+        if None in maxima:
+            return self.limit
+        total = sum(filter(None, maxima))
+        return total if self.limit is None else min(total, self.limit)
 
     @property
     def idle(self) -> int:
@@ -216,6 +225,16 @@ class FamilyStats:
         known = [process.overdue for process in self.processes if process.overdue is not None]
         return sum(known) if known else None
 
+    @property
+    def permits(self) -> int:
+        """Connections that running processes have open or are opening, if the family has a limit."""
+        return sum(process.permits for process in self.processes if process.alive)
+
+    @property
+    def wanting(self) -> int:
+        """Threads that wait until the family has fewer connections than its limit."""
+        return sum(process.wanting for process in self.processes if process.alive)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the snapshot as dicts, lists, strings and numbers, ready for JSON."""
         derived = {name: getattr(self, name) for name in _DERIVED}
@@ -223,7 +242,7 @@ class FamilyStats:
         return {**own, **derived, "processes": [process.to_dict() for process in self.processes]}
 
 
-_DERIVED = ("alive", "maximum", "idle", "used", "waiting", "overdue")
+_DERIVED = ("alive", "maximum", "idle", "used", "waiting", "overdue", "permits", "wanting")
 
 
 def _plain(value: Any) -> Any:

@@ -121,6 +121,9 @@ def test_the_figures_are_the_family_s(accept: str) -> None:
     assert value(samples, "db_client_connection_timeouts_total") == 1
     assert value(samples, "pidpool_processes") == 2
     assert value(samples, "pidpool_server_max_connections") == 100
+    limited = samples_of(accept, small_family(limit=20))
+    assert value(limited, "pidpool_family_limit") == value(limited, "pidpool_possible_maximum") == 20
+    assert value(limited, "pidpool_permits") == value(limited, "pidpool_wanting") == 0
     assert value(samples, "pidpool_checkouts_total") == 39
     assert value(samples, "pidpool_checkins_total") == 38
     assert value(samples, "pidpool_checkouts_overdue_total") == 4
@@ -162,7 +165,7 @@ def test_what_has_not_happened_yet_is_there_as_zero() -> None:
         (
             "pidpool_connections_closed_total",
             "pidpool_reason",
-            ["recycled", "invalidated", "overflow", "disposed", "detached", "failed"],
+            ["recycled", "invalidated", "overflow", "disposed", "detached", "failed", "given_back", "idle"],
         ),
         ("pidpool_connections_failed_total", "error_type", ["OperationalError"]),
         ("pidpool_inherited_total", "pidpool_state", ["idle", "no_transaction", "in_transaction", "unknown"]),
@@ -181,6 +184,9 @@ def test_what_is_not_known_is_not_told() -> None:
             "db_client_connection_idle_max",
             "pidpool_overdue_checkouts",
             "pidpool_possible_maximum",
+            "pidpool_family_limit",
+            "pidpool_permits",
+            "pidpool_wanting",
             "pidpool_server_max_connections",
         ]
     )

@@ -112,6 +112,15 @@ def test_the_family_is_a_tree_of_processes_and_their_connections(
     assert "3 connections open, 30 at most; the server allows 100" in browser.text(".capacity")
 
 
+def test_the_limit_is_shown_as_the_servers_is(browser: Browser, told: Told, served: StatsServer) -> None:
+    taken = process(1, None, Counters(closed={"given back": 7}), permits=12, wanting=3)
+    told.family = lambda: family(taken, limit=12)
+    show(browser, served)
+    said = "12 at the most (family_limit 12: 12 taken, 3 wanted, 7 given back); the server takes 100"
+    assert said in browser.text(".capacity")
+    assert "7 given back" in browser.text(".process .past")
+
+
 def test_leaks_are_marked(browser: Browser, told: Told, served: StatsServer) -> None:
     foreign = process(60, 57, connections=[connection(57, 1, "used")])
     told.family = lambda: family(*small_family().processes, foreign)

@@ -26,6 +26,15 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("hold_warning", float("inf"), ValueError, "takes a number of 0 or more"),
     ("hold_warning", "5", TypeError, "takes a number of 0 or more"),
     ("hold_warning", True, TypeError, "takes a number of 0 or more"),
+    ("family", "a/b", ValueError, "takes 1 to 64 letters, digits"),
+    ("family", 5, TypeError, "takes 1 to 64 letters, digits"),
+    ("family_limit", 0, ValueError, "takes a whole number of 1 or more, connections of all processes"),
+    ("family_limit", 2.5, TypeError, "takes a whole number of 1 or more"),
+    ("max_idle", -1, ValueError, "takes a number of 0 or more, in seconds, or None to keep idle connections"),
+    ("max_idle", "1h", TypeError, "takes a number of 0 or more"),
+    ("recycle_jitter", 1.5, ValueError, "takes a number of 0 or more, at most 1: the share of pool_recycle"),
+    ("recycle_jitter", -0.1, ValueError, "takes a number of 0 or more, at most 1"),
+    ("recycle_jitter", None, TypeError, "takes a number of 0 or more, at most 1"),
     ("logger", "pidpool", TypeError, "takes a structlog logger, or None for structlog's own"),
     ("logger", object(), TypeError, "takes a structlog logger"),
     ("pool_size", -1, ValueError, "takes a whole number of 0 or more, 0 for no limit"),
@@ -71,6 +80,10 @@ def options(**more: Any) -> dict[str, Any]:
         "on_foreign": "refuse",
         "inherited_sockets": "keep",
         "hold_warning": 25.0,
+        "family": "orders",
+        "family_limit": 7,
+        "max_idle": 600.0,
+        "recycle_jitter": 0.25,
         **more,
     }
 
@@ -89,6 +102,10 @@ def read(pool: PidPool) -> tuple[Any, ...]:
         pool.on_foreign,
         pool.inherited_sockets,
         pool.hold_warning,
+        pool.pool_events.family.name,
+        pool.pool_events.family.limit,
+        pool.max_idle,
+        pool.recycle_jitter,
         pool.pool_events.pool,
         id(pool.pool_events._logger._logger),
         pool.pool_events._logger._logger is not None,
@@ -103,7 +120,8 @@ def test_every_option_is_kept(tls_url: str, make_engine: MakeEngine) -> None:
     pool = engine.pool
     assert isinstance(pool, PidPool)
     before = read(pool)
-    shown = (3, 2, 1.5, True, 3000, True, "reset_commit", "orders", "refuse", "keep", 25.0, "orders")
+    shown = (3, 2, 1.5, True, 3000, True, "reset_commit", "orders", "refuse", "keep", 25.0)
+    shown += ("orders", 7, 600.0, 0.25, "orders")
     assert before[1:-2] == shown
 
     def child(how: str) -> None:

@@ -28,6 +28,27 @@ def test_the_url_is_enough(tls_url: str) -> None:
     engine.dispose()
 
 
+def test_the_familys_options_in_the_url(
+    tls_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIDPOOL_FAMILY_DIR", str(tmp_path))
+    url = make_url(tls_url).update_query_dict(
+        {
+            "plugin": "pidpool",
+            "family": "shop",
+            "family_limit": "20",
+            "max_idle": "60",
+            "recycle_jitter": "0.5",
+        }
+    )
+    pool = create_engine(url).pool
+    assert isinstance(pool, PidPool)
+    assert (pool.pool_events.family.name, pool.pool_events.family.limit) == ("shop", 20)
+    assert (pool.max_idle, pool.recycle_jitter) == (60.0, 0.5)
+    pool.connect().close()
+    pool.dispose()
+
+
 def test_an_async_engine_gets_the_async_pool(tls_url: str) -> None:
     url = make_url(tls_url).set(drivername="postgresql+psycopg").update_query_dict({"plugin": "pidpool"})
     assert type(create_async_engine(url).pool) is AsyncPidPool

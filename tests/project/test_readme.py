@@ -135,7 +135,13 @@ def test_every_metric_of_the_table_is_exposed() -> None:
         first, *more = re.findall(r"`(\w+)`", row[0])
         described.add(first)
         described |= {"db_client_connection" + each if each.startswith("_") else each for each in more}
-    optional = {"pidpool_server_max_connections"}  # where the server has been asked
+    # If the server has been asked, and with a limit.
+    optional = {
+        "pidpool_server_max_connections",
+        "pidpool_family_limit",
+        "pidpool_permits",
+        "pidpool_wanting",
+    }
     assert {each.removesuffix("_total") for each in described - optional} <= {
         each.removesuffix("_total") for each in exposed
     }

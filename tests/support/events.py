@@ -9,6 +9,7 @@ import structlog
 TAG = {"connection_id", "owner_pid", "fd", "socket_inode", "server_pid", "opened_at"}
 
 COUNTS = {"idle", "checked_out", "in_transaction"}
+FAMILY = {"family_limit", "family_used", "family_idle", "family_wanting", "holders"}
 LEVELS_AND_FIELDS = {
     "connection.opened": ("info", TAG | {"create_time"}),
     "connection.failed": ("warning", {"error", "create_time"}),
@@ -17,14 +18,16 @@ LEVELS_AND_FIELDS = {
     "connection.invalidated": ("info", TAG | {"soft", "error"}),
     "connection.closed": ("info", TAG | {"reason"}),
     "connection.inherited": ("warning", TAG | {"state", "action", "where", "forked_at"}),
+    "connection.given_back": ("info", TAG | {"idle"}),
     "connection.replaced": ("info", TAG | {"by", "by_server_pid"}),
     "connection.refused": ("warning", TAG | {"state"}),
-    "checkout.timed_out": ("warning", {"wait_time", "size", "overflow", "checked_out"}),
+    "checkout.timed_out": ("warning", {"wait_time", "size", "overflow", "checked_out", *FAMILY}),
     "checkout.overdue": ("warning", TAG | {"held", "hold_warning", "where"}),
     "checkout.returned_late": ("warning", TAG | {"use_time", "hold_warning", "where"}),
     "pool.forked": ("info", COUNTS | {"forked_at"}),
     "pool.adopted": ("info", COUNTS | {"parent_pid", "trigger", "connects_in_flight", "forked_at"}),
     "pool.disposed": ("info", {"closed", "checked_out"}),
+    "family.private": ("warning", {"family", "reason"}),
     "pool.over_maximum": ("warning", {"processes", "maximum", "server_max_connections"}),
 }
 

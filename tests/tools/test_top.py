@@ -197,6 +197,14 @@ def test_a_family_that_may_open_more_than_the_server_takes(endpoint: Endpoint) -
     assert lines(run(endpoint.url))[1].endswith("0 waiting; without limit")
 
 
+def test_a_family_with_a_limit(endpoint: Endpoint) -> None:
+    counters = Counters(closed={"given back": 7})
+    endpoint.body = document(family(process(1, permits=12, wanting=3, counters=counters), limit=12))
+    shown = lines(run(endpoint.url))
+    assert shown[1].endswith("at most 12 of the server's 300")
+    assert shown[2] == "  family limit  12 of 12 taken, 3 wanted, 7 given back"
+
+
 def test_several_pools_and_none_and_one_by_itself(endpoint: Endpoint) -> None:
     endpoint.body = document(FAMILY, dataclasses.replace(FAMILY, pool="other\x1b[31m"))
     titles = [line for line in lines(run(endpoint.url)) if line.startswith("pool ")]

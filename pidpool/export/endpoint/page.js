@@ -222,7 +222,10 @@ function showCapacity(capacity, pool) {
   const limit = capacity.querySelector(".limit");
   limit.hidden = maximum === null || maximum >= end;
   limit.style.left = width(maximum ?? 0);
-  const most = maximum === null ? "without limit" : `${whole.format(maximum)} at most`;
+  const byLimit = pool.limit === null ? ""
+    : ` (family_limit ${whole.format(pool.limit)}: ${whole.format(pool.permits)} taken, ${whole.format(pool.wanting)} wanted, `
+      + `${whole.format(pool.counters.closed["given back"] ?? 0)} given back)`;
+  const most = maximum === null ? "without limit" : `${whole.format(maximum)} at most${byLimit}`;
   const ofServer = server === null ? "" : `; the server allows ${whole.format(server)}`;
   const warning = server !== null && maximum !== null && maximum > server
     ? ": the family could open more than the server allows" : "";
@@ -285,7 +288,7 @@ function historyOf(counters) {
   const parts = [[counters.checkouts, "checkouts"], [counters.opened, "opened"], [counters.timeouts, "timeouts"],
     [counters.overdue, "overdue"],
     [counters.invalidations, "invalidated"], [counters.forks, "forks"], [counters.severed, "severed"],
-    [counters.kept, "kept"], [counters.replaced, "replaced"], [counters.refused, "refused"]]
+    [counters.closed["given back"] ?? 0, "given back"], [counters.kept, "kept"], [counters.replaced, "replaced"], [counters.refused, "refused"]]
     .filter(([count, name]) => count || name === "checkouts")
     .map(([count, name]) => `${whole.format(count)} ${name}`);
   const failed = Object.entries(counters.failed).filter(([, count]) => count);

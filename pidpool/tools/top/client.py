@@ -88,6 +88,10 @@ class Family:
     tally: Tally
     bounds: Sequence[float]
     """The upper bounds of the histograms' buckets, in seconds."""
+    limit: int | None = None
+    permits: int = 0
+    wanting: int = 0
+    given_back: int = 0
 
 
 def stats_url(url: str) -> str:
@@ -165,6 +169,11 @@ def _family(stats: Mapping[str, Any], bounds: Sequence[float]) -> Family:
         members=tuple(_member(process) for process in stats["processes"]),
         tally=Tally.read(stats["counters"]),
         bounds=bounds,
+        # Not in the answers of the first version.
+        limit=stats.get("limit"),
+        permits=stats.get("permits", 0),
+        wanting=stats.get("wanting", 0),
+        given_back=stats["counters"].get("closed", {}).get("given back", 0),
     )
 
 

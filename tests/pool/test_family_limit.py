@@ -1,0 +1,458 @@
+"""`family_limit`: no more connections than that in all processes together, and none starves for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from engines import MakeEngine
+from events import Events
+from forking import run_in_child
+from sqlalchemy import create_engine, exc, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from waiting import until
+
+from pidpool import AsyncPidPool, PidPool
+from pidpool.stats.process_counters import PERMITS
+from pidpool.tools.demo.postgres import EmbeddedPostgres
+
+
+class Connection:
+    def rollback(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def child(function: Callable[[Callable[[], None]], Any]) -> Iterator[int]:
+    """Fork a child that calls `function(ready)`, then sleeps until it is killed; give its pid when ready."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function(lambda: os.write(writer, b"x") and None)
+            while True:
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    try:
+        assert os.read(reader, 1) == b"x"
+        yield pid
+    finally:
+        os.close(reader)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def permits(pool: PidPool) -> int:
+    """Return the permits of this process, as its cell has them."""
+    return int(pool.pool_events.counters.cells[PERMITS])
+
+
+def fill(pool: PidPool, count: int) -> None:
+    """Open so many connections and leave them idle."""
+    held = [pool.connect() for _ in range(count)]
+    for each in held:
+        each.close()
+
+
+# -- permits are exact
+
+
+def test_one_process_has_no_more_than_the_limit() -> None:
+    pool = PidPool(Connection, pool_size=5, max_overflow=5, timeout=0.1, family_limit=3)
+    held = [pool.connect() for _ in range(3)]
+    started = time.monotonic()
+    with pytest.raises(exc.TimeoutError, match="family_limit of 3 reached"):
+        pool.connect()
+    assert 0.1 <= time.monotonic() - started < 5
+    assert (pool.checkedout(), permits(pool), pool.stats().waiting) == (3, 3, 0)
+    held.pop().close()
+    pool.connect().close()
+    for each in held:
+        each.close()
+    assert permits(pool) == pool.checkedin() == 3
+
+
+def test_a_waiting_thread_gets_what_its_own_process_returns() -> None:
+    pool = PidPool(Connection, pool_size=5, timeout=20, family_limit=1)
+    held = pool.connect()
+    got: list[float] = []
+
+    def wait() -> None:
+        connection = pool.connect()
+        got.append(time.monotonic())
+        connection.close()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: pool.stats().waiting == 1, "the thread does not wait")
+    returned = time.monotonic()
+    held.close()
+    thread.join(20)
+    assert got[0] - returned < 0.5
+    assert pool.stats().counters.opened == 1
+
+
+def test_every_way_to_lose_a_connection_gives_its_permit_back(tls_url: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(tls_url, pool_size=1, max_overflow=3, pool_timeout=2, family_limit=3)
+    pool = engine.pool
+    assert isinstance(pool, PidPool)
+    first, second = engine.connect(), engine.connect()
+    assert permits(pool) == 2
+    second.invalidate()
+    assert permits(pool) == 1
+    second.rollback()
+    second.execute(text("select 1"))  # opened anew
+    assert permits(pool) == 2
+    first.close()
+    second.close()  # overflow
+    assert permits(pool) == 1
+    detached = engine.connect()
+    detached.detach()
+    assert permits(pool) == 1  # it stays with the connection
+    detached.close()
+    assert permits(pool) == 0
+    engine.connect().close()
+    pool._recycle = 0
+    time.sleep(0.01)
+    engine.connect().close()
+    assert permits(pool) == 1 and pool.stats().counters.closed["recycled"] == 1
+    pool._recycle = -1
+    dropped = engine.raw_connection()
+    dropped.detach()
+    del dropped
+    assert permits(pool) == 0
+    engine.connect().close()
+    engine.dispose()
+    assert permits(pool) == 0
+    held = [engine.connect() for _ in range(3)]
+    assert permits(pool) == 3
+    for each in held:
+        each.close()
+
+
+def test_a_connect_that_fails_gives_its_permit_back() -> None:
+    def fail() -> Any:
+        raise OSError("no server")
+
+    pool = PidPool(fail, family_limit=1, timeout=1)
+    for _ in range(3):
+        with pytest.raises(OSError, match="no server"):
+            pool.connect()
+    assert permits(pool) == 0
+
+
+def test_a_connect_event_that_fails_gives_its_permit_back(tls_url: str, make_engine: MakeEngine) -> None:
+    from sqlalchemy import event
+
+    engine = make_engine(tls_url, family_limit=1, pool_timeout=1)
+    engine.connect().close()
+    engine.dispose()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("not this one")
+
+    event.listen(engine, "connect", fail)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="not this one"):
+            engine.connect()
+    event.remove(engine, "connect", fail)
+    engine.connect().close()
+    assert permits(engine.pool) == 1  # type: ignore[arg-type]
+
+
+def test_a_creator_that_forks_leaves_the_child_with_a_permit_of_its_own() -> None:
+    forked: list[int] = []
+
+    def create() -> Connection:
+        if not forked:
+            forked.append(os.fork())
+        return Connection()
+
+    pool = PidPool(create, family_limit=2, timeout=1)
+    connection = pool.connect()
+    if forked == [0]:
+        os._exit(0 if permits(pool) == 1 else 1)
+    assert os.waitpid(forked[0], 0)[1] == 0
+    assert permits(pool) == 1
+    connection.close()
+
+
+def test_a_replaced_connection_takes_a_permit(tls_url: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(tls_url, pool_timeout=0.2, family_limit=2)
+    held = engine.connect()
+
+    def use(is_free: bool) -> int:
+        if is_free:
+            held.execute(text("select 1"))
+        else:
+            with pytest.raises(exc.StatementError, match="family_limit of 2 reached") as caught:
+                held.execute(text("select 1"))
+            assert isinstance(caught.value.orig, exc.TimeoutError)
+        return permits(engine.pool)  # type: ignore[arg-type]
+
+    assert run_in_child(use, True) == 1
+    until(lambda: engine.pool.family_stats().alive == 1, "the child lives")  # type: ignore[attr-defined]
+    with engine.connect():
+        assert run_in_child(use, False) == 0
+    held.close()
+
+
+def test_a_timeout_names_the_limit_and_what_holds_the_connections() -> None:
+    events = Events()
+    pool = PidPool(
+        Connection, timeout=0.05, family_limit=4, logger=events.logger, hold_warning=60, logging_name="shop"
+    )
+
+    def hold(ready: Callable[[], None]) -> None:
+        kept.append(pool.connect())
+        ready()
+
+    kept: list[Any] = []
+    with child(hold) as pid:
+        held = [pool.connect() for _ in range(3)]
+        with pytest.raises(exc.TimeoutError) as caught:
+            pool.connect()
+    said = str(caught.value)
+    assert said.startswith("family_limit of 4 reached, connection timed out, timeout 0.05; the family has ")
+    assert "4 used and 0 idle connection(s) in 2 process(es), 4 of 4 permits taken; held longest: " in said
+    assert said.count("pid ") == 3 and f"pid {pid} thread " in said
+    assert f"pid {os.getpid()} thread MainThread for 0." in said and "test_family_limit.py:" in said
+    event = events.the("checkout.timed_out")
+    assert (event["family_limit"], event["family_used"], event["family_idle"]) == (4, 4, 0)
+    assert event["holders"] in said and event["family_wanting"] == 0
+    for each in held:
+        each.close()
+
+
+# -- none starves
+
+
+def test_an_idle_process_gives_back_within_50_ms_and_costs_nothing_until_then() -> None:
+    events = Events()
+    pool = PidPool(Connection, pool_size=20, timeout=10, family_limit=20, logger=events.logger)
+    reader, writer = os.pipe()
+
+    def idle(ready: Callable[[], None]) -> None:
+        fill(pool, 20)
+        ready()
+        time.sleep(0.5)
+        before = time.process_time()
+        time.sleep(2)
+        os.write(writer, str(time.process_time() - before).encode())
+        until(lambda: events.of("connection.given_back"), "nothing is given back")
+        given = events.of("connection.given_back")[0]
+        assert given["idle"] > 2 and given["owner_pid"] == os.getpid()
+        assert events.of("connection.closed")[0]["reason"] == "given back"
+
+    with child(idle) as pid:
+        assert float(os.read(reader, 100)) < 0.001
+        waits, held = [], []
+        for _ in range(10):
+            started = time.monotonic()
+            held.append(pool.connect())
+            waits.append(time.monotonic() - started)
+        assert statistics.median(waits) < 0.05, waits
+        (other,) = [each for each in pool.family_stats().processes if each.pid == pid]
+        assert other.counters.closed["given back"] >= 10
+        assert other.idle <= 10
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_busy_process_gives_back_what_is_beyond_its_share() -> None:
+    pool = PidPool(Connection, pool_size=20, timeout=10, family_limit=10)
+
+    def busy(ready: Callable[[], None]) -> None:
+        def work() -> None:
+            while True:
+                connection = pool.connect()
+                time.sleep(0.002)
+                connection.close()
+
+        for _ in range(10):
+            threading.Thread(target=work, daemon=True).start()
+        until(lambda: permits(pool) == 10, "it does not take all")
+        ready()
+
+    with child(busy):
+        started = time.monotonic()
+        held = [pool.connect() for _ in range(5)]  # its share
+        assert time.monotonic() - started < 5
+        stats = pool.family_stats()
+        assert sum(each.used + each.idle for each in stats.processes if each.alive) <= 10
+        for each in held:
+            each.close()
+
+
+def test_a_reconnecting_entry_does_not_starve_behind_its_own_process() -> None:
+    pool = PidPool(Connection, pool_size=2, timeout=5, family_limit=1)
+    invalidated = pool.connect()
+    invalidated.invalidate()
+    other = pool.connect()
+    thread = threading.Timer(0.05, other.close)
+    thread.start()
+    pool.connect().close()
+    thread.join()
+    assert permits(pool) == 1
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_an_idle_event_loop_gives_back_and_no_thread_touches_its_connections(
+    postgres: EmbeddedPostgres, driver: str
+) -> None:
+    engine = create_async_engine(
+        postgres.url(driver=f"postgresql+{driver}"), poolclass=AsyncPidPool, family_limit=3, pool_timeout=10
+    )
+    pool = engine.sync_engine.pool
+    assert isinstance(pool, AsyncPidPool)
+
+    def idle(ready: Callable[[], None]) -> None:
+        async def run() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(3):
+                    await stack.enter_async_context(engine.connect())
+            ready()
+            await asyncio.sleep(60)
+
+        asyncio.run(run())
+
+    async def use() -> list[float]:
+        waits = []
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(2):
+                started = time.monotonic()
+                connection = await stack.enter_async_context(engine.connect())
+                assert (await connection.scalar(text("select 1"))) == 1
+                waits.append(time.monotonic() - started)
+        await engine.dispose()
+        return waits
+
+    mark = postgres.log_mark()
+    with child(idle) as pid:
+        waits = asyncio.run(use())
+        assert max(waits) < 5
+        (other,) = [each for each in pool.family_stats().processes if each.pid == pid]
+        assert other.counters.closed["given back"] >= 2 and other.counters.closed["failed"] == 0
+        assert postgres.complaints(mark) == []  # closed as one closes, not dropped
+
+
+def test_an_async_checkout_beyond_the_limit_waits_without_stopping_the_loop(
+    postgres: EmbeddedPostgres,
+) -> None:
+    engine = create_async_engine(
+        postgres.url(driver="postgresql+asyncpg"), poolclass=AsyncPidPool, family_limit=1, pool_timeout=0.3
+    )
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    async def use() -> None:
+        task = asyncio.create_task(tick())
+        async with engine.connect():
+            with pytest.raises(exc.TimeoutError, match="family_limit of 1 reached"):
+                await engine.connect()
+        async with engine.connect():
+            pass
+        task.cancel()
+        await engine.dispose()
+
+    asyncio.run(use())
+    assert ticks > 5
+
+
+# -- under load, over TLS
+
+
+def test_a_limit_holds_under_load_while_processes_are_killed(
+    tls_url: str, postgres: EmbeddedPostgres, make_engine: MakeEngine
+) -> None:
+    """Eight processes of 15 connections each and a limit of 20, half of them killed again and again."""
+    limit, processes, seconds = 20, 8, 60.0 if "PIDPOOL_SOAK" in os.environ else 6.0
+    engine = make_engine(
+        tls_url, pool_size=5, max_overflow=15, pool_timeout=30, family_limit=limit, pool_logging_name="load"
+    )
+    pool = engine.pool
+    assert isinstance(pool, PidPool)
+    watcher = create_engine(postgres.url(tls=False))
+
+    def work() -> None:
+        def load() -> None:
+            while True:
+                with engine.connect() as connection:
+                    connection.execute(text("set application_name = 'family_limit'"))
+                    connection.execute(text("select pg_sleep(0.002)"))
+
+        for _ in range(15):
+            threading.Thread(target=load, daemon=True).start()
+        while True:
+            signal.pause()
+
+    def start() -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+            finally:
+                os._exit(1)
+        return pid
+
+    chance = random.Random(12)
+    pids = [start() for _ in range(processes)]
+    steady = pids[: processes // 2]
+    killed_at: list[tuple[float, int]] = []
+    worst = worst_on_server = 0
+    try:
+        with watcher.connect().execution_options(isolation_level="AUTOCOMMIT") as look:
+            deadline, kill_at = time.monotonic() + seconds, time.monotonic() + 1
+            while time.monotonic() < deadline:
+                stats = pool.family_stats()
+                worst = max(worst, sum(each.permits for each in stats.processes if each.alive))
+                now = time.monotonic()
+                on_server = look.scalar(
+                    text("select count(*) from pg_stat_activity where application_name = 'family_limit'")
+                )
+                recently = sum(count for at, count in killed_at if now - at < 1)
+                worst_on_server = max(worst_on_server, int(on_server or 0) - recently)
+                if now > kill_at:
+                    kill_at = now + 0.5
+                    victim = chance.randrange(processes // 2, processes)
+                    (had,) = [e.permits for e in pool.family_stats().processes if e.pid == pids[victim]] or [
+                        0
+                    ]
+                    os.kill(pids[victim], signal.SIGKILL)
+                    os.waitpid(pids[victim], 0)
+                    killed_at.append((time.monotonic(), had + 1))
+                    pids[victim] = start()
+                time.sleep(0.01)
+        stats = pool.family_stats()
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    assert 10 < worst <= limit and worst_on_server <= limit
+    progress = {each.pid: each.counters.checkouts for each in stats.processes}
+    assert all(progress[pid] > 10 for pid in steady), progress
+    assert stats.counters.timeouts == 0
+    # No permit was lost.
+    held = [engine.connect() for _ in range(limit)]
+    assert permits(pool) == limit
+    for each in held:
+        each.close()
+    watcher.dispose()
