@@ -143,6 +143,10 @@ OWNER = """
 import gc, json, os, signal, subprocess, sys, threading, time
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
+# A test run in the background or under nohup ignores these, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 def report(server):
     facts = {
         "directory": str(server.directory),
