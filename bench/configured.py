@@ -20,11 +20,11 @@ configuring against QueuePool configured alike."""
 Configure = Callable[[str], Pool]
 
 CONFIGURED: dict[str, tuple[Configure, float]] = {
-    "pre-ping": (lambda name: contenders.pool(name, pre_ping=True), 0.80),
-    "recycle": (lambda name: contenders.pool(name, recycle=3600), 0.67),
+    "pre-ping": (lambda name: contenders.pool(name, pre_ping=True), 0.83),
+    "recycle": (lambda name: contenders.pool(name, recycle=3600), 0.70),
     "a checkout listener": (
         lambda name: contenders.with_listeners(contenders.pool(name), "checkout"),
-        0.78,
+        0.80,
     ),
     "a checkin listener": (lambda name: contenders.with_listeners(contenders.pool(name), "checkin"), 0.85),
     "a reset listener": (lambda name: contenders.with_listeners(contenders.pool(name), "reset"), 1.0),
