@@ -263,18 +263,6 @@ class PidPool(HookedQueuePool):
 
     # -- at a fork
 
-    @property
-    def lineage(self) -> object:
-        """The same object for a pool and for the successors that `recreate` made of it."""
-        return self.pool_events
-
-    def note_fork(self, at: float, connections: OpenConnections) -> None:
-        """Count and log in the parent that a child was forked; runs in the at-fork hook."""
-        with held_back():
-            self.pool_events.pool_forked(
-                at, connections.idle, connections.checked_out, connections.in_transaction
-            )
-
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace everything that another thread may have held at the fork; runs in the at-fork hook."""
         for entry in self.entries():

@@ -60,6 +60,11 @@ class HookedQueuePool(QueuePool):
         """The dialect of the engine; one without a driver if the pool has no engine."""
         return self._dialect
 
+    def connections_in_queue(self) -> int | None:
+        """Return how many entries are idle; None if some are checked out. Looks at no entry."""
+        queued = self._pool.qsize()
+        return queued if queued == self._pool.maxsize + self._overflow else None
+
     def constructor_options(self) -> dict[str, Any]:
         """Return the options of QueuePool with which this pool was made, for `recreate`."""
         return {

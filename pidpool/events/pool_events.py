@@ -97,7 +97,8 @@ class PoolEvents:
         self.is_enabled = self._logger.is_enabled
         """``is_enabled(level)`` says whether an event of this level would be logged at present."""
         self._note_waiting = note_waiting
-        self._waiting: deque[_WaitingEvent] = deque(maxlen=MOST_WAITING)
+        # A fork of this process is only a tuple of numbers: its event costs more, and may not be logged.
+        self._waiting: deque[_WaitingEvent | tuple[float, int, int, int]] = deque(maxlen=MOST_WAITING)
 
     # -- a connection's life
 
@@ -169,18 +170,23 @@ class PoolEvents:
 
     # -- forks
 
-    def pool_forked(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
-        """The parent forked a child, with so many connections open; logged if there was one."""
-        self.counters.add(Count.FORKS)
+    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """Count a fork in the parent's at-fork hook, and have it logged later if a connection is open."""
+        self.counters.add_fork()
         if idle or checked_out:
-            self._emit(
-                "info",
-                "pool.forked",
-                at=at,
-                idle=idle,
-                checked_out=checked_out,
-                in_transaction=in_transaction,
-            )
+            self._waiting.append((at, idle, checked_out, in_transaction))
+            self._note_waiting()
+
+    def pool_forked(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """The parent forked a child, with so many connections open."""
+        self._emit(
+            "info",
+            "pool.forked",
+            at=at,
+            idle=idle,
+            checked_out=checked_out,
+            in_transaction=in_transaction,
+        )
 
     def pool_adopted(
         self,
@@ -266,13 +272,16 @@ class PoolEvents:
     def log_waiting(self) -> None:
         """Log the events that wait."""
         while self._waiting:
-            if self._logger.is_writing:
-                self._note_waiting()  # a log handler uses the pool: after its line
+            if self._logger.is_writing or _thread.held_back:
+                self._note_waiting()  # a log handler or a finalizer uses the pool: after it
                 return
             try:
                 waiting = self._waiting.popleft()
             except IndexError:
                 return  # another thread was first
+            if isinstance(waiting, tuple):
+                copy_context().run(self.pool_forked, *waiting)
+                continue
             context = copy_context() if waiting.context is None else waiting.context
             if context.run(self.is_enabled, _LEVELS[waiting.level]):
                 context.run(self._log, waiting.at, waiting.level, waiting.event, waiting.tag, waiting.fields)

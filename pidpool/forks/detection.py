@@ -12,6 +12,7 @@ import concurrent.futures.thread  # noqa: F401  for its at-fork hook, see below
 import gc
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,19 +81,20 @@ def process_pid() -> int:
 
 # -- what the other modules register
 
-_parent_callbacks: list[Callable[[float], None]] = []
+_fork_callbacks: list[Callable[[float], None]] = []
 _urgency_checks: list[Callable[[], bool]] = []
 _child_callbacks: list[Callable[[Trigger, int], None]] = []
 _report_callbacks: list[Callable[[], None]] = []
 
 
-def register_parent_callback(callback: Callable[[float], None]) -> None:
-    """Have `callback(at)` called in the parent after every fork that ran Python's hooks.
+def register_fork_callback(callback: Callable[[float], None]) -> None:
+    """Have `callback(at)` called in the parent before every fork that runs Python's hooks.
 
     `at` is in seconds since the epoch, before anything that the child does. The callback runs inside the
-    at-fork hook: it must not block, log, yield or raise.
+    at-fork hook: it must not block, log, yield or raise. Before the fork and not after it: every page that
+    the parent writes to while the child has it too is copied.
     """
-    _parent_callbacks.append(callback)
+    _fork_callbacks.append(callback)
 
 
 def register_child_callback(callback: Callable[[Trigger, int], None]) -> None:
@@ -172,7 +174,8 @@ def notice_fork(trigger: Trigger = "lazy") -> None:
             in_flight = _gate.in_flight(threading.get_ident())
             for callback in _child_callbacks:
                 callback(trigger, in_flight)
-            log_locks.renew(in_hook=trigger == "hook")
+            if not _forks_alone:
+                log_locks.renew(in_hook=trigger == "hook")
             _pid = os.getpid()
             _gate = ConnectGate()
             fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
@@ -184,43 +187,55 @@ def notice_fork(trigger: Trigger = "lazy") -> None:
 # -- the at-fork hooks
 
 
-class _Thread(threading.local):
-    forking_at: float | None = None
-    """Seconds since the epoch, while the thread forks."""
+_forks_alone = False
+"""Whether this process forks, or was forked, by the only thread that it had: no other can be in the middle of
+a connect or of a log line, so there is nothing to wait for, to hold or to renew."""
 
-
-_thread = _Thread()
 _hooked_pid = 0
 """The process whose at-fork hook has run and left the fork to the first look at `fork_state`."""
 
 
+def _is_alone() -> bool:
+    """Return whether the calling thread is the only one that runs Python code in this process."""
+    # Threads that were started in C are counted too; threading.active_count() has not met them. Greenlets of
+    # gevent and eventlet are not, and may be in the middle of something as threads are.
+    return len(sys._current_frames()) == 1 and not ("gevent" in sys.modules or "eventlet" in sys.modules)
+
+
 def _before_fork() -> None:
+    global _forks_alone
     if fork_state[0] == FORKED:
         # A child forked in C that forks before it uses a pool. The gate it has is its parent's, whose
         # threads may have left it locked (test_a_child_that_never_noticed_its_fork_can_fork).
         notice_fork()
-    _gate.before_fork()
-    log_locks.hold()  # last: a thread whose connect is waited for may log
-    # Not afterwards, when the child may be ahead: events sorted by time have the fork first.
-    _thread.forking_at = time.time()
+    _forks_alone = _is_alone()
+    if not _forks_alone:
+        _gate.before_fork()
+        log_locks.hold()  # after the gate: a thread whose connect is waited for may log
+    # Before the fork, when no child can be ahead: events sorted by time have the fork first.
+    at = time.time()
+    for callback in _fork_callbacks:
+        callback(at)
 
 
 def _after_fork_in_parent() -> None:
+    global _forks_alone
+    if _forks_alone:
+        _forks_alone = False
+        return
     log_locks.release()
     _gate.after_fork_in_parent()
-    # None if the fork was made in C and only this hook ran.
-    began, _thread.forking_at = _thread.forking_at, None
-    for callback in _parent_callbacks:
-        callback(time.time() if began is None else began)
 
 
 def _after_fork_in_child() -> None:
-    global _hooked_pid
+    global _forks_alone, _hooked_pid
     if any(is_urgent() for is_urgent in _urgency_checks):
         notice_fork("hook")
     else:
         _hooked_pid = os.getpid()
-        log_locks.renew(in_hook=True)
+        if not _forks_alone:
+            log_locks.renew(in_hook=True)
+    _forks_alone = False
 
 
 if hasattr(os, "register_at_fork"):

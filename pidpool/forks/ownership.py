@@ -112,10 +112,17 @@ class OwnedConnection:
         severing.sever(fd)
         return True
 
+    def detach(self, checkout: weakref.ref[Any]) -> None:
+        """Note that the checkout has taken the connection out of the pool."""
+        self.detached = checkout
+        if owned_connections.get(self._key) is self:
+            detached_connections[self._key] = self
+
     def let_go(self) -> None:
         """Take the connection out of `owned_connections`: its owner is about to close it."""
         if owned_connections.get(self._key) is self:
             del owned_connections[self._key]
+            detached_connections.pop(self._key, None)
 
     def _collected(self, reference: weakref.ref[Any]) -> None:
         # In a child that has not noticed its fork nothing else would sever it: its destructor is next.
@@ -126,6 +133,9 @@ class OwnedConnection:
 
 owned_connections: dict[int, OwnedConnection] = {}
 """Every connection opened by this process, by `id()`. Emptied in a child once all are disowned."""
+
+detached_connections: dict[int, OwnedConnection] = {}
+"""Those of them that were detached from their pool."""
 
 _numbers = itertools.count(1)
 

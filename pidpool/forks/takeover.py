@@ -13,21 +13,34 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from pidpool.forks import at_exit, detection, severing
-from pidpool.forks.ownership import Checkout, Entry, OwnedConnection, owned_connections
+from pidpool.forks.ownership import (
+    Checkout,
+    Entry,
+    OwnedConnection,
+    detached_connections,
+    owned_connections,
+)
 from pidpool.forks.stand_in import DisownedConnection, Inheritance, ReplacingPool, transaction_state
 from pidpool.tag import ConnectionTag
 from pidpool.terms import SocketAction, StateAtFork, Trigger
+
+
+class ForkNotes(Protocol):
+    """The events of a pool, as far as a fork is noted there."""
+
+    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """Note in the parent that a child is forked with so many connections open."""
 
 
 class ForkablePool(ReplacingPool, Protocol):
     """A pool, as far as a fork concerns it. All of it may be called inside an at-fork hook but the last."""
 
     @property
-    def lineage(self) -> object:
+    def pool_events(self) -> ForkNotes:
         """The same object for a pool and for the successors that ``recreate()`` made of it."""
 
-    def note_fork(self, at: float, connections: OpenConnections) -> None:
-        """Note in the parent that a child was forked with so many connections of the lineage open."""
+    def connections_in_queue(self) -> int | None:
+        """Return how many connections are idle; None if some are checked out."""
 
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace in the child everything that another thread may have held at the fork."""
@@ -35,17 +48,24 @@ class ForkablePool(ReplacingPool, Protocol):
     def log_waiting_events(self) -> None: ...
 
 
-_pools: weakref.WeakSet[ForkablePool] = weakref.WeakSet()
+_pools: dict[int, weakref.ref[ForkablePool]] = {}  # a WeakSet takes longer, at every fork
 
 
 def add_pool(pool: ForkablePool) -> None:
     """Have a pool taken over in every child that is forked from now on, as long as it lives."""
-    _pools.add(pool)
+    key = id(pool)
+
+    def forget(reference: weakref.ref[ForkablePool]) -> None:
+        if _pools.get(key) is reference:
+            del _pools[key]
+
+    _pools[key] = weakref.ref(pool, forget)
 
 
 def pools() -> list[Any]:
     """Return every pool of this process that is alive."""
-    return list(_pools)
+    found = [reference() for reference in list(_pools.values())]
+    return [pool for pool in found if pool is not None]
 
 
 class OpenConnections:
@@ -115,16 +135,35 @@ def _open_connections() -> Iterator[_Open]:
         yield _Open(owned, connection, entry, checkout, pool)
 
 
-def _note_fork_in_parent(at: float) -> None:
-    noted: dict[int, tuple[ForkablePool, OpenConnections]] = {}
-    for pool in pools():
-        noted.setdefault(id(pool.lineage), (pool, OpenConnections()))
+def _note_fork(at: float) -> None:
+    # Runs in the parent at every fork. As a rule all connections are idle, and none has to be looked at.
+    idle: dict[ForkNotes, int] = {}
+    left = len(owned_connections)
+    for reference in _pools.copy().values():
+        pool = reference()
+        if pool is None:
+            continue
+        queued = pool.connections_in_queue()
+        if queued is None or detached_connections:
+            _look_and_note_fork(at)
+            return
+        left -= queued
+        events = pool.pool_events
+        idle[events] = idle.get(events, 0) + queued
+    if left:  # an entry without a connection, or a connection that no pool has
+        _look_and_note_fork(at)
+        return
+    for events, number in idle.items():
+        events.note_fork(at, number, 0, 0)
+
+
+def _look_and_note_fork(at: float) -> None:
+    noted = {pool.pool_events: OpenConnections() for pool in pools()}
     for each in _open_connections():
         if each.pool is not None:
-            _, connections = noted.setdefault(id(each.pool.lineage), (each.pool, OpenConnections()))
-            connections.add(each.state)
-    for pool, connections in noted.values():
-        pool.note_fork(at, connections)
+            noted.setdefault(each.pool.pool_events, OpenConnections()).add(each.state)
+    for events, connections in noted.items():
+        events.note_fork(at, connections.idle, connections.checked_out, connections.in_transaction)
 
 
 def _take_over(trigger: Trigger, connects_in_flight: int) -> None:
@@ -144,6 +183,7 @@ def _take_over(trigger: Trigger, connects_in_flight: int) -> None:
     for pool, takeover in takeovers.values():
         pool.start_from_zero(takeover)
     owned_connections.clear()
+    detached_connections.clear()
 
 
 def _put_stand_in(inherited: _Open, pool: ForkablePool, state: StateAtFork) -> None:
@@ -172,7 +212,7 @@ def _has_open_connections() -> bool:
     return bool(owned_connections)
 
 
-detection.register_parent_callback(_note_fork_in_parent)
+detection.register_fork_callback(_note_fork)
 detection.register_urgency_check(_has_open_connections)
 detection.register_child_callback(_take_over)
 detection.register_report_callback(_log_waiting_events)

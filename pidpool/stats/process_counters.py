@@ -63,6 +63,7 @@ class Count(IntEnum):
     FORKS = 14
 
 
+_FORKS = int(Count.FORKS)
 _CLOSED = max(Count) + 1
 _INHERITED = _CLOSED + len(CLOSE_REASONS)
 _ADOPTIONS = _INHERITED + len(STATES_AT_FORK)
@@ -136,6 +137,11 @@ class ProcessCounters:
     def add(self, count: Count, number: int = 1) -> None:
         """Add to one of the plain counts."""
         self._add(count, number)
+
+    def add_fork(self) -> None:
+        """Count a fork, in the parent's at-fork hook: every object that is needed costs a page there."""
+        with self._lock:
+            self.cells[_FORKS] += 1
 
     def add_closed(self, reason: CloseReason) -> None:
         """Count a closed connection."""
