@@ -27,7 +27,7 @@ class ForeignConnectionError(Exception):
     ``multiprocessing.Pool`` may hand it to its parent).
 
     :param message: the fact, its numbers and the remedy.
-    :param connection_id: `ConnectionTag.connection_id`, or None where several connections are meant.
+    :param connection_id: `ConnectionTag.connection_id`, or None if several connections are meant.
     :param owner_pid: the process that opened the connection.
     :param pid: the process that wanted to use it.
     :param state: what the connection was doing at the fork: ``"idle"``, ``"no transaction"``,

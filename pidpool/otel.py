@@ -1,4 +1,7 @@
-"""A pool's figures as OpenTelemetry metrics: ``pidpool.otel.instrument(engine)``."""
+"""The public name of the OpenTelemetry export: ``pidpool.otel.instrument(engine)``.
+
+The code is in `pidpool.export.opentelemetry`.
+"""
 
 from pidpool.export.opentelemetry import instrument
 

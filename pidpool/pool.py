@@ -19,13 +19,13 @@ from sqlalchemy.pool import PoolProxiedConnection
 from pidpool._sqlalchemy.checked_out import CheckedOutConnection, check_out
 from pidpool._sqlalchemy.entry import PidPoolEntry
 from pidpool._sqlalchemy.queue_pool import HookedQueuePool
-from pidpool.drivers import Driver, Settings, driver_of
+from pidpool.drivers import Driver, Settings
 from pidpool.errors import ForeignCheckoutError
 from pidpool.events import overdue
 from pidpool.events.pool_events import PoolEvents, held_back
 from pidpool.events.user_code import calling_line
 from pidpool.events.watched_checkout import WatchedCheckout
-from pidpool.forks import detection, ownership, severing, takeover
+from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
 from pidpool.forks.takeover import OpenConnections, Takeover
 from pidpool.options import check_choice, check_number
@@ -73,7 +73,6 @@ class PidPool(HookedQueuePool):
     """
 
     on_foreign: OnForeign
-    inherited_sockets: InheritedSockets
     hold_warning: float | None
 
     def __init__(
@@ -246,20 +245,6 @@ class PidPool(HookedQueuePool):
     def entries(self) -> list[PidPoolEntry]:
         """Return this process's pool entries, idle or checked out, in no order."""
         return cast("list[PidPoolEntry]", self.pool_events.counters.entries())
-
-    # -- a new connection
-
-    def opened(self, connection: Any, entry: PidPoolEntry) -> None:
-        """Tag a connection that was just opened."""
-        entry.own(ownership.tag_connection(connection, entry, sever=self.inherited_sockets == "sever"))
-        severing.prepare_to_sever()
-        try:
-            # One statement, once in a family, before the application has the connection.
-            self.pool_events.family.learn_server_max_connections(
-                lambda: driver_of(connection).max_connections(connection)
-            )
-        except Exception:
-            self.logger.debug("The server's max_connections could not be read", exc_info=True)
 
     # -- at a fork
 

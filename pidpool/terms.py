@@ -12,6 +12,9 @@ ConnectionState = Literal["idle", "used"]
 StateAtFork = Literal["idle", "no transaction", "in transaction", "unknown"]
 """What an inherited connection was doing at the fork. Unknown: the driver can't say it without I/O."""
 
+OPEN_STATES: tuple[StateAtFork, ...] = ("in transaction", "unknown")
+"""States at the fork in which a connection has, or may have, an open transaction."""
+
 SocketAction = Literal["severed", "kept"]
 """What became of an inherited descriptor: a dead socket stands over it, or it was left alone."""
 

@@ -234,8 +234,9 @@ def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
     if not contract.FINALIZER_TAKES_REFERENCE:
         theirs._finalizer.detach()
     entry = theirs._connection_record
-    # The entry's connection and not theirs: in a child forked in the lines above it is the stand-in.
-    ours = CheckedOutConnection(pool, entry.dbapi_connection, entry, theirs._echo)
+    # In a child forked in the lines above, the entry has the stand-in for the connection that theirs has.
+    connection = entry.dbapi_connection if entry.is_inherited else theirs.dbapi_connection
+    ours = CheckedOutConnection(pool, connection, entry, theirs._echo)
     return cast(CheckedOutConnection, _ConnectionFairy._checkout(pool, None, ours))
 
 

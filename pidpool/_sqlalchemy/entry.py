@@ -6,25 +6,28 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
+from pidpool.drivers import driver_of
 from pidpool.events.pool_events import PoolEvents
 from pidpool.events.watched_checkout import WatchedCheckout
-from pidpool.forks import detection
+from pidpool.forks import detection, ownership, severing
 from pidpool.forks.detection import FORKED, fork_state
 from pidpool.forks.ownership import Checkout, OwnedConnection
 from pidpool.stats.process_counters import SCRATCH, ProcessCounters, write_connection
 from pidpool.tag import ConnectionTag
-from pidpool.terms import CloseReason
+from pidpool.terms import CloseReason, InheritedSockets
 
 
 class PoolOfEntries(Protocol):
     """The pool of an entry, as far as the entry needs it."""
 
     pool_events: PoolEvents
+    inherited_sockets: InheritedSockets
 
 
 class PidPoolEntry(_ConnectionRecord):
@@ -75,6 +78,24 @@ class PidPoolEntry(_ConnectionRecord):
         self.counters.release_slot(self)
 
     # -- which connection it holds
+
+    def open(self, create: Callable[[Any], Any]) -> Any:
+        """Open a connection and note that this process owns it, before anything else is done with it.
+
+        :param create: SQLAlchemy's function that opens one for an entry.
+        """
+        connection = create(self)
+        sever = self.pidpool.inherited_sockets == "sever"
+        self.own(ownership.tag_connection(connection, self, sever=sever))
+        severing.prepare_to_sever()
+        try:
+            # One statement, once in a family, before the application has the connection.
+            self.pool_events.family.learn_server_max_connections(
+                lambda: driver_of(connection).max_connections(connection)
+            )
+        except Exception:
+            self.pidpool.logger.debug("The server's max_connections could not be read", exc_info=True)
+        return connection
 
     def mark_inherited(self) -> None:
         """Note, in a child, that this entry is the parent's, and so is the memory where it counts."""

@@ -28,13 +28,13 @@ from pidpool.stats.process_counters import (
     USE,
     USE_SUM,
 )
-from pidpool.terms import CloseReason
+from pidpool.terms import CloseReason, InheritedSockets
 
 
 class HookedQueuePool(QueuePool):
     """A QueuePool with entries and checkouts of pidpool's.
 
-    A subclass sets `pool_events` before it calls this ``__init__``, and overrides `opened`.
+    A subclass sets `pool_events` and `inherited_sockets` before it calls this ``__init__``.
     """
 
     # SQLAlchemy's own lines stay below its own loggers: `pidpool` is for events alone, and SQLAlchemy's
@@ -44,6 +44,7 @@ class HookedQueuePool(QueuePool):
     _queue_class: Any = IdleQueue
 
     pool_events: PoolEvents
+    inherited_sockets: InheritedSockets
 
     def __init__(self, creator: Any, **options: Any) -> None:
         super().__init__(creator, **options)
@@ -51,9 +52,6 @@ class HookedQueuePool(QueuePool):
         self._overflow_lock = threading.RLock()  # type: ignore[assignment]
 
     # -- what a subclass has of it
-
-    def opened(self, connection: Any, entry: PidPoolEntry) -> None:
-        """Called with each connection that was just opened, before anything else is done with it."""
 
     @property
     def engine_dialect(self) -> Any:
@@ -104,21 +102,15 @@ class HookedQueuePool(QueuePool):
             inherited.abandon()
         self._overflow = 0 - self._pool.maxsize
         self._overflow_lock = threading.RLock()  # type: ignore[assignment]
-        # Made by the first who asks for it: not there if nothing has connected or listened yet.
+        # SQLAlchemy makes it when it is first asked for: not there if nothing has connected or listened yet.
         if "dispatch" in self.__dict__:
             renew_first_connect(self.dispatch)
 
     # -- opening and closing
 
     def _should_wrap_creator(self, creator: Any) -> Any:
-        invoke = super()._should_wrap_creator(creator)
-
-        def open_connection(entry: Any) -> Any:
-            connection = invoke(entry)
-            self.opened(connection, entry)
-            return connection
-
-        return open_connection
+        create = super()._should_wrap_creator(creator)
+        return lambda entry: entry.open(create)
 
     def _create_connection(self) -> ConnectionPoolEntry:
         return PidPoolEntry(self)

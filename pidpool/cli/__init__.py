@@ -85,5 +85,9 @@ def _group() -> click.Group:
             command: click.Command = module.command
             return command
 
-    commands = Commands("pidpool", help="A SQLAlchemy connection pool that survives fork: its tools.")
+    commands = Commands(
+        "pidpool",
+        help="A SQLAlchemy connection pool that survives fork: its tools.",
+        epilog="\b\nExample:\n  pidpool logs app.log",
+    )
     return click.version_option(package_name="pidpool", message="pidpool %(version)s")(commands)

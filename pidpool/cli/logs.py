@@ -1,6 +1,6 @@
 """``pidpool logs``: reads event logs and tells who forked whom, what leaked, and what took long.
 
-The reading and the summary are in pidpool/logs; here are the options, the progress bar, and how it ends.
+The reading and the summary are in pidpool/tools/logs; here are the options, the progress bar and the exit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEAKED = 1
 """The exit status of ``--check`` where a connection with an open transaction crossed a fork."""
 
 
-@click.command("logs")
+@click.command("logs", epilog="\b\nExample:\n  pidpool logs --html timeline.html app.log app.log.1")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("-f", "--follow", is_flag=True, help="Go on reading what is written; Ctrl-C for the summary.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text, for programs.")

@@ -18,9 +18,10 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.text import Text
 
-from pidpool.cli.words import duration, printable
+from pidpool.cli.options import interval as interval_option
 from pidpool.tools.ps import sockets
 from pidpool.tools.ps.sockets import Holder, Owner, Process, Scan, SharedSocket
+from pidpool.tools.text import age, printable
 
 FOUND = 1
 """The exit status of ``--check`` if there is a shared socket."""
@@ -33,7 +34,7 @@ UNABLE = 2
 _PATH = re.compile(r"(?<!\S)/\S*/")
 
 
-@click.command()
+@click.command(epilog="\b\nExample:\n  pidpool ps --check 4125")
 @click.argument("pids", metavar="[PID]...", type=click.IntRange(min=1), nargs=-1)
 @click.option(
     "--port",
@@ -46,14 +47,7 @@ _PATH = re.compile(r"(?<!\S)/\S*/")
 @click.option("--check", is_flag=True, help="Exit with 1 if such a socket is found.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch a line for each look.")
 @click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
-@click.option(
-    "--interval",
-    type=click.FloatRange(min=0.1),
-    default=2.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long --watch waits between two looks.",
-)
+@interval_option("How long --watch waits between two scans.")
 def command(
     pids: tuple[int, ...], ports: tuple[int, ...], check: bool, as_json: bool, watch: bool, interval: float
 ) -> None:
@@ -147,7 +141,7 @@ def _shown(scan: Scan) -> RenderableType:
 
 
 def _socket(found: SharedSocket, now: float) -> list[RenderableType]:
-    since = f"since {_clock(found.shared_since)} ({duration(now - found.shared_since)})"
+    since = f"since {_clock(found.shared_since)} ({age(now - found.shared_since)})"
     owner = found.owner
     rows = [(str(owner.pid), _role(owner), "", owner.command)] if not owner.holds else []
     for holder in found.holders:

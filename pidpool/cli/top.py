@@ -1,5 +1,5 @@
 """``pidpool top``: a live view of a stats endpoint in the terminal, the family as a tree. What the
-endpoint says is read in stats_client.py.
+endpoint says is read in tools/top/client.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pidpool.cli.words import duration, printable
+from pidpool.cli.options import interval as interval_option
+from pidpool.terms import OPEN_STATES
+from pidpool.tools.text import age, duration, printable
 from pidpool.tools.top.client import Family, Member, Rates, StatsUnavailable, Tally, fetch, rates, stats_url
+from pidpool.tools.tree import branch, walk
 
 UNAVAILABLE = 1
 """The exit status if the endpoint gives no stats at the first time of asking."""
@@ -24,16 +27,9 @@ _WIDE = 110
 """Columns from which on each process is shown with what it inherited."""
 
 
-@click.command()
+@click.command(epilog="\b\nExample:\n  pidpool top --interval 5 http://127.0.0.1:9432/")
 @click.argument("url")
-@click.option(
-    "--interval",
-    type=click.FloatRange(min=0.1),
-    default=2.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait between two questions.",
-)
+@interval_option("How long to wait between two requests.")
 @click.option(
     "--token",
     envvar="PIDPOOL_TOKEN",
@@ -93,8 +89,8 @@ def _watch(
 def _heading(address: str, interval: float, answered: float, failure: str) -> Text:
     clock = time.strftime("%H:%M:%S")
     if failure:
-        age = time.monotonic() - answered
-        return Text(f"{clock}, STALE: this is {duration(age)} old. {failure}.\n", "bold red")
+        seconds = time.monotonic() - answered
+        return Text(f"{clock}, STALE: this is {age(seconds)} old. {failure}.\n", "bold red")
     return Text(f"{clock}, every {interval:g} s; Ctrl-C ends. {address}\n", "dim")
 
 
@@ -158,8 +154,7 @@ def _inherited(tally: Tally) -> Text:
     line = Text(f"{sum(tally.inherited.values())} by {tally.forks} forks")
     states = ", ".join(f"{count} {printable(state)}" for state, count in tally.inherited.items() if count)
     if states:
-        # What the owner's transaction may have suffered from, had the child not let go of it.
-        risky = tally.inherited.get("in transaction", 0) + tally.inherited.get("unknown", 0)
+        risky = sum(tally.inherited.get(state, 0) for state in OPEN_STATES)
         line.append(f": {states}", "yellow" if risky else "")
     return line
 
@@ -182,18 +177,18 @@ def _processes(
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("age", justify="right", no_wrap=True)
     lines = list(_tree(family.members))
-    for branch, member in lines[:rows]:
+    for before_name, member in lines[:rows]:
         old = earlier.get((member.pid, member.since))
         now = rates(member.tally, old.tally if old else None, seconds, family.bounds)
-        table.add_row(*_row(branch, member, now, before is not None, wide, family.taken_at))
+        table.add_row(*_row(before_name, member, now, before is not None, wide, family.taken_at))
     left_out = len(lines[rows:]) if rows is not None else 0
     if not left_out:
         return table
     return Group(table, Text(f"  … and {left_out} more, for which this terminal is too low", "dim"))
 
 
-def _row(branch: str, member: Member, now: Rates, live: bool, wide: bool, at: float) -> list[Text]:
-    name = Text(f"  {branch}{member.pid}" + ("" if member.alive else " ended"))
+def _row(before_name: str, member: Member, now: Rates, live: bool, wide: bool, at: float) -> list[Text]:
+    name = Text(f"  {before_name}{member.pid}" + ("" if member.alive else " ended"))
     if not member.alive:
         name.stylize("dim")
         return [name]
@@ -212,35 +207,27 @@ def _row(branch: str, member: Member, now: Rates, live: bool, wide: bool, at: fl
     if wide:
         leaks = (sum(tally.inherited.values()), tally.severed, tally.replaced, tally.refused)
         cells += [Text(_seconds(now.wait_p99)), *(Text(str(count)) for count in leaks)]
-    return [*cells, Text(duration(at - member.since))]
+    return [*cells, Text(age(at - member.since))]
 
 
 def _tree(members: Sequence[Member]) -> Iterator[tuple[str, Member]]:
     """Yield the processes with the branches before them; an ended one only above running ones."""
-    children: dict[int | None, list[Member]] = {}
-    # Of several that had the same pid one after the other, the one that runs.
+    # Of several processes that had one pid in turn, the one that runs.
     by_pid = {member.pid: member for member in sorted(members, key=lambda member: member.alive)}
+    shown: set[int] = set()
+    for member in by_pid.values():
+        ancestor: Member | None = member if member.alive else None
+        while ancestor is not None and ancestor.pid not in shown:
+            shown.add(ancestor.pid)
+            ancestor = by_pid.get(ancestor.parent_pid or 0)
+    roots: list[Member] = []
+    children: dict[int, list[Member]] = {}
     for member in members:
-        if by_pid[member.pid] is member:
-            parent = member.parent_pid if member.parent_pid in by_pid else None
-            children.setdefault(parent, []).append(member)
-
-    def below(pid: int | None, seen: frozenset[int]) -> list[tuple[str, Member]]:
-        kept = []
-        for member in children.get(pid, []):
-            if member.pid not in seen:
-                lower = below(member.pid, seen | {member.pid})
-                if member.alive or lower:
-                    kept.append((member, lower))
-        found = []
-        for member, lower in kept:
-            last = member is kept[-1][0]
-            found.append(("" if pid is None else "└─ " if last else "├─ ", member))
-            indent = "" if pid is None else "   " if last else "│  "
-            found += [(indent + branch, each) for branch, each in lower]
-        return found
-
-    yield from below(None, frozenset())
+        if by_pid[member.pid] is member and member.pid in shown:
+            siblings = children.setdefault(member.parent_pid, []) if member.parent_pid in by_pid else roots
+            siblings.append(member)
+    for place, member in walk(roots, lambda member: children.get(member.pid, [])):
+        yield branch(place), member
 
 
 def _rate(rate: float | None) -> str:
@@ -254,7 +241,4 @@ def _seconds(seconds: float | None) -> str:
         return "–"
     if seconds == float("inf"):
         return "over 30 s"
-    for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 1e-6:.3g} µs"
+    return duration(seconds)

@@ -1,0 +1,1 @@
+"""A pool's figures for others: over HTTP, for Prometheus, for OpenTelemetry."""

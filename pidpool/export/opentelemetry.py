@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
-from pidpool.export.sources import checked, pool_of
+from pidpool.export.pools import checked, pool_of
 from pidpool.stats.metrics import (
     DURATIONS,
     FAMILY_NUMBERS,
@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from pidpool.export.sources import Source
+    from pidpool.export.pools import Source
     from pidpool.pool import PidPool
     from pidpool.stats.snapshots import FamilyStats, PoolStats
 

@@ -43,10 +43,10 @@ def _log() -> None:
 def _before_fork() -> None:
     # Exit handlers run in the reverse order of their registration. As a rule another handler stops what a log
     # needs: a queue's listener, multiprocessing's queues (a later write to one was seen to hang the exit).
-    # Such handlers are registered by now, so this one is made the last.
+    # Such handlers are already registered, so this one is made the last.
     atexit.unregister(_log)
     atexit.register(_log)
-    # Only now, and only if it was imported by somebody else: to import it takes longer than all of pidpool.
+    # Only now, and only if the application has imported it: to import it takes longer than all of pidpool.
     global _known_to_multiprocessing
     util: Any = sys.modules.get("multiprocessing.util")
     if not _known_to_multiprocessing and hasattr(util, "register_after_fork"):

@@ -78,7 +78,7 @@ class Inheritance:
         """Note that this process gave the owner's transaction up; what comes next may be replaced."""
         if self.state in ("in transaction", "unknown"):
             self.state = "no transaction"
-            # If the driver can't tell, the pool's defaults: SQLAlchemy itself goes on with them after a
+            # If the driver does not say, the pool's defaults: SQLAlchemy itself goes on with them after a
             # disconnect.
             self._settings = self._settings or {}
 
@@ -129,7 +129,7 @@ class Inheritance:
         if self.state == "in transaction":
             fact = f"{here} and is in a transaction there"
         elif self.state == "unknown":
-            fact = f"{here} and its driver can't tell whether it is in a transaction there"
+            fact = f"{here} and its driver does not say whether it is in a transaction there"
         elif self.pool.on_foreign == "refuse":
             fact = f"{here} and on_foreign='refuse' allows no replacement"
         else:

@@ -1,0 +1,1 @@
+"""What is counted: a process's counters, the family's memory, snapshots, and the table of metrics."""

@@ -1,4 +1,4 @@
-"""The metrics of a pool: one table for all who export them, with the names, units and meanings of
+"""The metrics of a pool: one table for all exporters, with the names, units and meanings of
 OpenTelemetry's semantic conventions for connection pools, and ``pidpool.*`` for what those don't have.
 """
 
@@ -18,7 +18,7 @@ Stats: TypeAlias = PoolStats | FamilyStats
 
 @dataclass(frozen=True)
 class Number:
-    """A metric with one value; None where there is no number that would be true."""
+    """A metric with one value; None if no number would be true."""
 
     name: str
     kind: Literal["counter", "updowncounter", "gauge"]
@@ -47,7 +47,7 @@ class Numbers:
     description: str
     attribute: str
     known: tuple[str, ...]
-    """Told from the start, as zero: the first increase of a series that was not there is lost."""
+    """Exported as zero from the start: the first increase of a series that was not there is lost."""
     read: Callable[[Stats], Mapping[str, int]]
 
     def all(self, stats: Stats) -> dict[str, int]:

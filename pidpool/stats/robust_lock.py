@@ -1,6 +1,6 @@
 """A lock in shared memory that a process takes with it when it is killed: POSIX's robust mutex.
 
-Between processes only; it says so instead of waiting where the same thread has it already.
+For processes, not for threads: it says so instead of waiting if the same thread has it already.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ATTRIBUTES = ("init", "setpshared", "setrobust", "settype")
 
 
 def _library() -> ctypes.CDLL | None:
-    """Return the C library with what is needed looked up, or None where it has no robust mutexes (macOS)."""
+    """Return the C library with what is needed looked up, or None if it has no robust mutexes (macOS)."""
     try:
         library = ctypes.CDLL(None)
         # Looked up ahead: a child that had to do it would pay for it at each fork.

@@ -5,7 +5,7 @@ family. Only the shapes are here; the numbers are kept in family.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,19 @@ from pidpool.tag import ConnectionTag
 
 BOUNDS: tuple[float, ...] = tuple((1024 << power) / 1e9 for power in range(26))
 """The upper bounds of the histograms' buckets in seconds: 1.024 µs, doubled each time, up to 34.4 s."""
+
+
+def quantile(counts: Sequence[int], bounds: Sequence[float], q: float) -> float | None:
+    """Return the upper bound of the bucket in which the quantile lies; None if nothing was counted.
+
+    :param bounds: the upper bounds of the buckets; the last bucket has none, and stands for infinity.
+    """
+    rank, seen = q * sum(counts), 0
+    for bound, count in zip((*bounds, float("inf")), counts, strict=False):
+        seen += count
+        if seen and seen >= rank:
+            return bound
+    return None
 
 
 @dataclass(frozen=True)
@@ -37,14 +50,7 @@ class Histogram:
 
         Infinite if it took longer than the last bound.
         """
-        rank, seen = q * self.count, 0
-        if not self.count:
-            return None
-        for bound, count in zip((*BOUNDS, float("inf")), self.counts, strict=True):
-            seen += count
-            if seen >= rank:
-                return bound
-        return float("inf")
+        return quantile(self.counts, BOUNDS, q)
 
     def __add__(self, other: Histogram) -> Histogram:
         counts = tuple(map(int.__add__, self.counts, other.counts))
@@ -72,7 +78,7 @@ class Counters:
     adoptions: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Pools taken over by a forked child, by what noticed the fork: hook, lazy."""
     forks: int = 0
-    """Children forked, as far as Python's hooks tell of them."""
+    """Children forked, as far as Python's at-fork hooks ran."""
     create_time: Histogram = Histogram()
     """Seconds that opening a connection took, connect events included."""
     wait_time: Histogram = Histogram()
@@ -121,7 +127,7 @@ class PoolStats:
     pool: str
     pid: int
     parent_pid: int | None
-    """Who forked it; None for the process that made the pool."""
+    """The process that forked it; None for the process that made the pool."""
     alive: bool
     """Whether the process still runs."""
     since: float

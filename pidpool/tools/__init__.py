@@ -1,0 +1,1 @@
+"""What the command ``pidpool`` does, without its command line."""

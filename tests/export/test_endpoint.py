@@ -433,7 +433,7 @@ def test_mounted_in_flask(app: StatsApp) -> None:
 
 
 DJANGO = """
-import sys
+import os, sys
 import django.conf, django.http, django.urls
 from django.core.wsgi import get_wsgi_application
 
@@ -507,7 +507,7 @@ def test_asgi_alone_under_a_root_path(app: StatsApp) -> None:
 
 
 UVICORN = """
-import sys
+import os, sys
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 import fastapi, uvicorn
 from families import small_family, telling

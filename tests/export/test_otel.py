@@ -19,6 +19,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import QueuePool
 
 from pidpool import otel
+from pidpool.export import opentelemetry
 from pidpool.stats.snapshots import Counters
 
 POOL = "db.client.connection.pool.name"
@@ -165,7 +166,7 @@ def test_an_engine_is_not_kept_alive(sdk: Collector) -> None:
 def test_without_a_provider_the_process_s_own_is_used(
     monkeypatch: pytest.MonkeyPatch, sdk: Collector
 ) -> None:
-    monkeypatch.setattr(otel, "get_meter_provider", lambda: sdk.provider)
+    monkeypatch.setattr(opentelemetry, "get_meter_provider", lambda: sdk.provider)
     engine = telling(small_family())
     otel.instrument(engine)
     assert sdk.value("pidpool.checkouts") == 7
@@ -198,6 +199,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         return real(name, *arguments, **more)
 
     monkeypatch.delitem(sys.modules, "pidpool.otel")
+    monkeypatch.delitem(sys.modules, "pidpool.export.opentelemetry")
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'pidpool\[otel\]'"):
         importlib.import_module("pidpool.otel")

@@ -97,7 +97,7 @@ def table(heading: str) -> Iterator[list[str]]:
 
 def test_every_option_is_in_the_table() -> None:
     parameters = inspect.signature(PidPool.__init__).parameters
-    of_queue_pool = {"self", "creator", "pool_size", "max_overflow", "timeout", "use_lifo", "kw"}
+    of_queue_pool = {"self", "creator", "pool_size", "max_overflow", "timeout", "use_lifo", "options"}
     described = {row[0].strip("| `"): row[2].strip("`") for row in table("| option | takes")}
     assert described.keys() == parameters.keys() - of_queue_pool
     for name, default in described.items():

@@ -40,7 +40,7 @@ main()
 def test_help_lists_the_commands_without_importing_them() -> None:
     done = pidpool("--help")
     assert done.returncode == 0, done.stderr
-    listed = done.stdout.partition("Commands:")[2]
+    listed = done.stdout.partition("Commands:")[2].partition("Example:")[0]
     assert [line.split()[0] for line in listed.splitlines() if line[2:3].strip()] == SUBCOMMANDS
     imported = done.stderr.splitlines()[-1].split()
     assert "pidpool.cli" in imported
@@ -104,3 +104,22 @@ def test_a_missing_module_of_pidpools_own_is_no_matter_of_extras() -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "pidpool[" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "example"),
+    [
+        ([], "pidpool logs "),
+        (["logs"], "pidpool logs --"),
+        (["ps"], "pidpool ps --"),
+        (["top"], "pidpool top --"),
+    ],
+)
+def test_each_help_ends_with_an_example_also_as_a_module(arguments: list[str], example: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pidpool", *arguments, "--help"], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    *_, title, last = done.stdout.splitlines()
+    assert title.strip() == "Example:"
+    assert last.strip().startswith(example)

@@ -27,10 +27,11 @@ from forking import run_in_child
 from pidpool.cli.logs import command
 from pidpool.events.pool_events import PoolEvents
 from pidpool.tools.demo.postgres import EmbeddedPostgres
-from pidpool.tools.logs import clean, processes, reading, summary, units
+from pidpool.tools.logs import clean, processes, reading, summary
 from pidpool.tools.logs.document import document
 from pidpool.tools.logs.reading import Followed, Source, Unreadable
 from pidpool.tools.logs.summary import Summary
+from pidpool.tools.text import duration
 
 PIDPOOL = [sys.executable, "-c", "from pidpool.cli import main; main()", "logs"]
 
@@ -793,12 +794,12 @@ def test_the_text_is_readable_at_80_columns(log: Path) -> None:
     ("seconds", "text"),
     [
         (0, "0 µs"), (0.00085, "850 µs"), (0.0009999, "1 ms"), (0.0123, "12.3 ms"), (0.9999, "1 s"),
-        (4.56, "4.56 s"), (59.99, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"),
-        (200_000, "2 d 7 h"),
+        (4.56, "4.56 s"), (59.99, "1 min"), (4.096e-6, "4.1 µs"), (200, "3 min 20 s"), (7500, "2 h 5 min"),
+        (7200, "2 h"), (200_000, "2 d 7 h"),
     ],
 )  # fmt: skip
 def test_durations_are_readable(seconds: float, text: str) -> None:
-    assert units.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_a_source_over_a_pipe_does_not_wait_while_it_is_followed() -> None:

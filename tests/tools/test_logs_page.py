@@ -101,7 +101,7 @@ def test_the_page_shows_lanes_bars_forks_and_leaks(tmp_path: Path) -> None:
     assert [(leak["owner"], leak["inheritor"], leak["outcome"]) for leak in data["leaks"]] == [
         (0, 1, "severed, then refused")
     ]
-    assert [fork[3:] for fork in data["unheard"]] == [[1, 1, 1]]
+    assert [fork[3:] for fork in data["unheard"]] == [[1, 1, 1, "in transaction"]]
     assert len(data["timeouts"]) == 1
     assert data["leakCount"] == 3 and data["openLeakCount"] == 2
     assert data["leftOut"] == []

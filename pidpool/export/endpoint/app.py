@@ -20,7 +20,7 @@ from pidpool.stats.snapshots import BOUNDS
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from pidpool.export.sources import Source
+    from pidpool.export.pools import Source
 
 _PAGE = {
     "/": ("page.html", "text/html; charset=utf-8"),

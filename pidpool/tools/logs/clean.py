@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Mapping
 
+from pidpool.tools.logs import event_fields
+
 LONGEST = 300
 """Characters that are kept of a value; a path with its function is shorter."""
 
@@ -26,18 +28,7 @@ _IN_URL_CUT_OFF = re.compile(r"(://[^:/@\s]*):[^@]*$")
 _IN_DSN = re.compile(r"(?i)(passw(?:or)?d|pwd)(\s*=\s*)('[^']*'?|\"[^\"]*\"?|[^\s&;]+)")
 _SECRET_NAME = re.compile(r"(?i)passw|pwd|secret|token|api_?key|authori[sz]ation|cookie")
 
-# What pidpool's events have themselves, and what every line has anyway.
-_NOT_THE_USERS = frozenset(
-    [
-        *("event", "pool", "pid", "at", "level", "timestamp", "logger", "logger_name"),
-        *("connection_id", "owner_pid", "fd", "socket_inode", "server_pid", "opened_at"),
-        *("create_time", "wait_time", "use_time", "reason", "soft", "error"),
-        *("size", "overflow", "checked_out", "held", "hold_warning", "where"),
-        *("idle", "in_transaction", "state", "action", "by", "by_server_pid"),
-        *("parent_pid", "trigger", "connects_in_flight", "closed"),
-        *("processes", "maximum", "server_max_connections"),
-    ]
-)
+_NOT_THE_USERS = event_fields.EVERY_LINE | event_fields.PIDPOOL
 
 
 @functools.lru_cache(maxsize=1024)

@@ -31,9 +31,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pidpool.tools.logs.findings import Leak, Place, Timeout, Wait
 from pidpool.tools.logs.processes import Connection, Process, Use
 from pidpool.tools.logs.reading import Source
-from pidpool.tools.logs.summary import Leak, Place, Summary, Timeout, Wait
+from pidpool.tools.logs.summary import Summary
 
 SCHEMA = 1
 

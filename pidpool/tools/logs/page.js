@@ -21,13 +21,17 @@
   const known = (value) => (value === null || value === undefined ? "?" : String(value));
 
   function duration(seconds) {
-    if (seconds < 0.0009995) return `${Math.round(seconds * 1e6)} µs`;
+    const two = (whole, large, name, small, rest) => {
+      const left = Math.floor((whole % large) / small);
+      return `${Math.floor(whole / large)} ${name}` + (left ? ` ${left} ${rest}` : "");
+    };
+    if (seconds < 0.0009995) return `${Number((seconds * 1e6).toPrecision(3))} µs`;
     if (seconds < 0.9995) return `${Number((seconds * 1e3).toPrecision(3))} ms`;
     if (seconds < 59.95) return `${Number(seconds.toPrecision(3))} s`;
     const whole = Math.round(seconds);
-    if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
-    if (whole < 172800) return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
-    return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
+    if (whole < 3600) return two(whole, 60, "min", 1, "s");
+    if (whole < 172800) return two(whole, 3600, "h", 60, "min");
+    return two(whole, 86400, "d", 3600, "h");
   }
 
   const iso = (at) => new Date(at * 1000).toISOString();
@@ -103,13 +107,13 @@
         ["checked out at", leak.where], ...Object.entries(leak.fields),
       ], { leak, place: Math.min(place, 7) });
   });
-  const unheardMarks = data.unheard.map(([owner, at, pool, idle, checkedOut, inTransaction]) => {
+  const unheardMarks = data.unheard.map(([owner, at, pool, idle, checkedOut, inTransaction, state]) => {
     const open = inTransaction > 0;
     return mark(owner, "leak", at, at,
       `${count(idle + checkedOut, "connection")} crossed a fork${open ? `, ${number(inTransaction)} with an open transaction` : ""}`, [
         ["owner", `pid ${lanes[owner].id}`], ["inherited by", "a child that told nothing"], ["at", moment(at)],
-        ["in transaction", inTransaction], ["else checked out", checkedOut - inTransaction], ["idle", idle], ["pool", pool],
-      ], { leak: { owner, inheritor: null, open }, place: -1 });
+        ["in transaction", inTransaction], ["otherwise checked out", checkedOut - inTransaction], ["idle", idle], ["pool", pool],
+      ], { leak: { owner, inheritor: null, open, state }, place: -1 });
   });
 
   let top = AXIS;
@@ -384,9 +388,8 @@
       const value = new Map(one.lines), row = put(body, "tr"), name = one.leak.connection || "fork";
       const button = put(put(row, "td"), "button", { type: "button", "aria-label": `Show ${name} of ${value.get("owner")} in the timeline` }, name);
       button.addEventListener("click", () => { go(one.index); keep(one); });
-      const state = one.leak.state || (one.leak.open ? "in transaction" : value.get("idle") ? "idle" : "no transaction");
       for (const column of COLUMNS) {
-        const text = column === "state" ? state : value.get(column);
+        const text = column === "state" ? one.leak.state : value.get(column);
         put(row, "td", { "data-name": column, class: column === "state" && one.leak.open ? "state open" : "" }, text === undefined ? "–" : text);
       }
     }

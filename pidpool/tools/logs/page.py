@@ -16,10 +16,12 @@ from string import Template
 from typing import Any
 
 from pidpool.tools.logs.document import foreign, totals
+from pidpool.tools.logs.findings import Leak
 from pidpool.tools.logs.processes import Connection, Process
 from pidpool.tools.logs.reading import Source
-from pidpool.tools.logs.summary import Leak, Summary
-from pidpool.tools.logs.units import count
+from pidpool.tools.logs.summary import Summary
+from pidpool.tools.text import count
+from pidpool.tools.tree import walk
 
 MOST_BARS = 4_000
 MOST_LANES = 200
@@ -93,7 +95,15 @@ def _data(summary: Summary, sources: Sequence[Source]) -> dict[str, Any]:
         "bars": bars,
         "leaks": [_leak(leak, lanes) for leak in leaks],
         "unheard": [
-            [lanes[id(fork.owner)], fork.at, fork.pool, fork.idle, fork.checked_out, fork.in_transaction]
+            [
+                lanes[id(fork.owner)],
+                fork.at,
+                fork.pool,
+                fork.idle,
+                fork.checked_out,
+                fork.in_transaction,
+                fork.state,
+            ]
             for fork in unheard
         ],
         "timeouts": timeouts,
@@ -120,16 +130,8 @@ def _shown_lanes(summary: Summary) -> list[tuple[Process, int]]:
             at = at.parent
         if len(wanted) + len(line) <= MOST_LANES:
             wanted.update(line)
-    found: list[tuple[Process, int]] = []
-    roots = [process for process in summary.processes.all if process.parent is None]
-    pending = [(process, 0) for process in sorted(roots, key=lambda each: each.first_at, reverse=True)]
-    while pending:
-        process, depth = pending.pop()
-        if id(process) in wanted:
-            found.append((process, depth))
-            children = sorted(process.children, key=lambda each: each.adopted_at or 0.0, reverse=True)
-            pending += [(child, depth + 1) for child in children]
-    return found
+    lines = walk(summary.processes.roots(), Process.children_by_age)
+    return [(process, len(place)) for place, process in lines if id(process) in wanted]
 
 
 def _lane(process: Process, depth: int, lanes: dict[int, int]) -> dict[str, Any]:

@@ -148,6 +148,10 @@ class Process:
         if pool is not None and pool not in self.pools and len(self.pools) < _MOST_POOLS:
             self.pools[pool] = None
 
+    def children_by_age(self) -> list[Process]:
+        """Return the processes that it forked, oldest first."""
+        return sorted(self.children, key=lambda child: child.adopted_at or 0.0)
+
     def use(self) -> Use:
         """Return the use of all its connections together."""
         total = Use()
@@ -182,6 +186,11 @@ class Processes:
         yield from self.all
         if self.others.speaks:
             yield self.others
+
+    def roots(self) -> list[Process]:
+        """Return the processes without a known parent, oldest first."""
+        found = (process for process in self.all if process.parent is None)
+        return sorted(found, key=lambda process: process.first_at)
 
     def of(self, pid: object, at: float) -> Process:
         """Return the process that had this pid at that time."""

@@ -6,13 +6,22 @@ how much was left out is counted.
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
 
+from pidpool.terms import OPEN_STATES, SOCKET_ACTIONS
 from pidpool.tools.logs.clean import cleaned, own_fields
+from pidpool.tools.logs.findings import (
+    Event,
+    Leak,
+    Longest,
+    OverMaximum,
+    Place,
+    Timeout,
+    UnheardFork,
+    Wait,
+)
 from pidpool.tools.logs.processes import Connection, Process, Processes, moment, name_of, seconds, whole
 
 MOST_LEAKS = 10_000
@@ -22,163 +31,12 @@ MOST_TIMEOUTS = 1_000
 MOST_PLACES = 1_000
 """Lines of code that are kept apart of the overdue checkouts."""
 
-OPEN_STATES = ("in transaction", "unknown")
-"""States at the fork in which a connection has, or may have, an open transaction."""
-
-_STATES = ("idle", "no transaction", *OPEN_STATES)
-_ACTIONS = ("severed", "kept")
-
 _SAME_FORK = 1.0
 """Seconds that the parent's and the child's time of one fork may lie apart."""
 
 _MOST_HEARD = 100
 
 _FAILED = (KeyError, TypeError, ValueError, OverflowError)
-
-Event = Mapping[str, Any]
-
-
-class Leak:
-    """A connection that was open in another process than its owner's: one `connection.inherited`."""
-
-    __slots__ = ("at", "owner", "inheritor", "connection", "owner_pid", "pid", "state", "action", "where",
-                 "replaced_by", "replaced_by_server_pid", "refused", "fields")  # fmt: skip
-
-    def __init__(self, event: Event, connection: Connection, inheritor: Process) -> None:
-        self.at: float = event["at"]
-        self.connection = connection
-        self.owner = connection.process
-        self.inheritor = inheritor
-        self.owner_pid: int = event["owner_pid"]
-        self.pid: int = event["pid"]
-        state, action = event["state"], event["action"]
-        # What this version does not know may be an open transaction.
-        self.state: str = state if state in _STATES else "unknown"
-        self.action: str = action if action in _ACTIONS else name_of(action)
-        self.where = cleaned(event.get("where"))
-        self.replaced_by: str | None = None
-        self.replaced_by_server_pid: int | None = None
-        self.refused = False
-        self.fields = own_fields(event)
-
-    @property
-    def open(self) -> bool:
-        """Whether a transaction was, or may have been, open."""
-        return self.state in OPEN_STATES
-
-    @property
-    def outcome(self) -> str:
-        """What was done about it, in words."""
-        said = [self.action]
-        if self.refused:
-            said.append("refused")
-        if self.replaced_by is not None:
-            server = (
-                "" if self.replaced_by_server_pid is None else f" (server pid {self.replaced_by_server_pid})"
-            )
-            said.append(f"replaced by {self.replaced_by}{server}")
-        if len(said) == 1:
-            said.append("left to its owner" if self.state == "idle" else "not used")
-        return ", then ".join(said)
-
-
-class UnheardFork:
-    """A fork with connections open, told by the parent alone: the child never used the pool, or its log is
-    not among those that were read."""
-
-    def __init__(self, at: float, owner: Process, pool: str | None) -> None:
-        self.at = at
-        self.owner = owner
-        self.pool = pool
-        self.idle = 0
-        self.checked_out = 0
-        self.in_transaction = 0
-
-    @property
-    def open(self) -> bool:
-        """Whether a transaction was open."""
-        return self.in_transaction > 0
-
-    def add(self, idle: int, checked_out: int, in_transaction: int) -> None:
-        """Count connections in."""
-        self.idle += idle
-        self.checked_out += checked_out
-        self.in_transaction += in_transaction
-
-
-class Wait(NamedTuple):
-    """How long a checkout waited, or for how long it was held."""
-
-    seconds: float
-    order: int
-    at: float
-    """When the wait was over, or the connection came back."""
-    connection: Connection
-    wait: float
-    """What the checkout waited, where the hold is meant."""
-    where: str | None
-    fields: dict[str, str]
-
-
-class Longest:
-    """The longest of many, so many of them as there is room for."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.floor = 0.0 if size else float("inf")
-        """Nothing up to this is kept."""
-        self._heap: list[Wait] = []
-
-    def add(self, wait: Wait) -> None:
-        """Keep one that is longer than `floor`."""
-        if len(self._heap) < self.size:
-            heapq.heappush(self._heap, wait)
-        else:
-            heapq.heappushpop(self._heap, wait)
-        if len(self._heap) == self.size:
-            self.floor = self._heap[0].seconds
-
-    def first(self, number: int | None = None) -> list[Wait]:
-        """Return the longest, longest first: all that are kept, or so many."""
-        return heapq.nlargest(len(self._heap) if number is None else number, self._heap)
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-
-class Timeout(NamedTuple):
-    """A checkout for which no connection was free in time."""
-
-    at: float
-    process: Process
-    pool: str | None
-    wait: float
-    size: int | None
-    overflow: int | None
-    checked_out: int | None
-    fields: dict[str, str]
-
-
-class OverMaximum(NamedTuple):
-    """A pool whose processes may have more connections than their server takes."""
-
-    at: float
-    process: Process
-    pool: str | None
-    processes: int | None
-    maximum: int | None
-    server_max_connections: int | None
-
-
-class Place:
-    """The overdue checkouts of one line of code."""
-
-    def __init__(self, where: str | None, hold_warning: float) -> None:
-        self.where = where
-        self.hold_warning = hold_warning
-        self.count = 0
-        self.longest = 0.0
-        self.last_at = 0.0
 
 
 class Summary:
@@ -482,7 +340,7 @@ class Summary:
         process.see(event)
         process.inherited[leak.state] = process.inherited.get(leak.state, 0) + 1
         self.leaks_by_state[leak.state] = self.leaks_by_state.get(leak.state, 0) + 1
-        action = leak.action if leak.action in _ACTIONS else "other"
+        action = leak.action if leak.action in SOCKET_ACTIONS else "other"
         self.leaks_by_action[action] = self.leaks_by_action.get(action, 0) + 1
         if self._kept_leaks[leak.open] >= MOST_LEAKS:
             self.leaks_left_out += 1
@@ -565,7 +423,7 @@ class Summary:
     def heard(self, connection: Connection) -> float:
         """Return the time up to which a connection that is out is taken to have been out."""
         newest = self.processes.connections.get(connection.connection_id)
-        # Where the pid is another process's by now, this one has ended: nobody knows when.
+        # If another process has the pid already, this one has ended at a time that the log does not give.
         return connection.process.until() if newest is not connection else self.last_at
 
 

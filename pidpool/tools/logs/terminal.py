@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -16,10 +17,12 @@ from rich.tree import Tree
 
 from pidpool.tools.logs.clean import cleaned
 from pidpool.tools.logs.document import foreign, places, totals
+from pidpool.tools.logs.findings import Leak, Longest, UnheardFork
 from pidpool.tools.logs.processes import Connection, Process
 from pidpool.tools.logs.reading import Source
-from pidpool.tools.logs.summary import Leak, Longest, Summary, UnheardFork
-from pidpool.tools.logs.units import clock, count, day, duration
+from pidpool.tools.logs.summary import Summary
+from pidpool.tools.text import clock, count, day, duration
+from pidpool.tools.tree import walk
 
 MOST_PROCESSES = 40
 MOST_CONNECTIONS = 5
@@ -157,20 +160,20 @@ def _leak(leak: Leak, summary: Summary) -> Text:
 def _print_processes(console: Console, summary: Summary) -> None:
     _heading(console, "Processes")
     shown = 0
-    roots = [process for process in summary.processes.all if process.parent is None]
-    for root in sorted(roots, key=lambda process: process.first_at):
-        if shown >= MOST_PROCESSES:
-            break
-        tree = Tree(_process(root, summary), guide_style=_FAINT)
+    trees: list[Tree] = []
+    line: list[Tree] = []  # from the root down to the process before
+    for place, process in islice(walk(summary.processes.roots(), Process.children_by_age), MOST_PROCESSES):
         shown += 1
-        pending = [(root, tree)]
-        while pending:
-            process, branch = pending.pop(0)
-            _add_connections(branch, process, summary)
-            for child in sorted(process.children, key=lambda each: each.adopted_at or 0.0):
-                if shown < MOST_PROCESSES:
-                    shown += 1
-                    pending.append((child, branch.add(_process(child, summary))))
+        name = _process(process, summary)
+        depth = len(place)
+        if depth:
+            tree = line[depth - 1].add(name)
+        else:
+            tree = Tree(name, guide_style=_FAINT)
+            trees.append(tree)
+        line[depth:] = [tree]
+        _add_connections(tree, process, summary)
+    for tree in trees:
         console.print(Padding(tree, (0, 0, 0, 2)))
     left = len(summary.processes.all) - shown + summary.processes.left_out
     if left > 0:

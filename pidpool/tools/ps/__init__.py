@@ -1,0 +1,1 @@
+"""``pidpool ps``: which processes hold a database socket together."""

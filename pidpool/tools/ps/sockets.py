@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from pidpool.stats.process import PARENT, START_TIME, STATE, read_stat
 from pidpool.tools.ps import socket_tables
 from pidpool.tools.ps.socket_tables import TcpSocket, UnixSocket
 
@@ -76,7 +77,7 @@ class Owner(Process):
 
     certain: bool
     """Whether that is known: it alone of the holders has run a program of its own since it was forked,
-    and a driver's socket does not outlive that. Else the likeliest one."""
+    and a driver's socket does not outlive that. Otherwise it is the likeliest one."""
     holds: bool | None
     """Whether it still has the socket; None where it could not be looked into."""
 
@@ -192,6 +193,7 @@ class _Entry:
     """Whether it still runs the memory that it was forked with: it never ran a program (exec) itself."""
 
 
+_FLAGS = 6
 _FORKED_NO_EXEC = 0x40  # PF_FORKNOEXEC of linux/sched.h
 _KERNEL_THREAD = 0x200000  # PF_KTHREAD
 
@@ -199,17 +201,15 @@ _KERNEL_THREAD = 0x200000  # PF_KTHREAD
 def _read_entry(pid: int) -> _Entry | None:
     """Return None for what is no process with descriptors: ended ones and the kernel's threads."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        fields = read_stat(pid)
+        flags = int(fields[_FLAGS])
+        if fields[STATE] in (b"Z", b"X") or flags & _KERNEL_THREAD:
+            return None
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").removesuffix("\n")
     except OSError:
         return None
-    # The name may have blanks and parentheses in it.
-    head, _, tail = text.rpartition(")")
-    fields = tail.split()
-    state, flags = fields[0], int(fields[6])
-    if state in "ZX" or flags & _KERNEL_THREAD:
-        return None
-    name = head.partition("(")[2]
-    return _Entry(pid, int(fields[1]), name, int(fields[19]), bool(flags & _FORKED_NO_EXEC))
+    forked = bool(flags & _FORKED_NO_EXEC)
+    return _Entry(pid, int(fields[PARENT]), name, int(fields[START_TIME]), forked)
 
 
 def _read_tree() -> dict[int, _Entry]:
@@ -322,7 +322,7 @@ def _owner(tree: Mapping[int, _Entry], holders: Sequence[_Entry]) -> tuple[int, 
 
     :param holders: oldest first.
     """
-    # Drivers open their sockets close-on-exec: who has run a program since its fork inherited none.
+    # Drivers open sockets close-on-exec: a process that ran a program after its fork inherited none.
     executed = [holder.pid for holder in holders if not holder.forked]
     if len(executed) == 1:
         return executed[0], True

@@ -1,0 +1,1 @@
+"""``pidpool top``: reads a stats endpoint."""

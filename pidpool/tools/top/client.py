@@ -13,7 +13,7 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pidpool.stats.snapshots import BOUNDS
+from pidpool.stats.snapshots import BOUNDS, quantile
 
 TIMEOUT = 5.0
 """Seconds that an answer may take."""
@@ -203,29 +203,19 @@ def rates(now: Tally, before: Tally | None, seconds: float | None, bounds: Seque
             now.checkouts,
             now.opened,
             now.timeouts,
-            _quantile(now.wait_time, bounds),
-            _quantile(now.use_time, bounds),
+            quantile(now.wait_time, bounds, 0.99),
+            quantile(now.use_time, bounds, 0.99),
         )
     return Rates(
         seconds,
         now.checkouts - before.checkouts,
         now.opened - before.opened,
         now.timeouts - before.timeouts,
-        _quantile(_difference(now.wait_time, before.wait_time), bounds),
-        _quantile(_difference(now.use_time, before.use_time), bounds),
+        quantile(_difference(now.wait_time, before.wait_time), bounds, 0.99),
+        quantile(_difference(now.use_time, before.use_time), bounds, 0.99),
     )
 
 
 def _difference(now: Sequence[int], before: Sequence[int]) -> list[int]:
     # Read without a lock: a bucket may be a moment older than the one beside it.
     return [max(0, new - old) for new, old in zip(now, before, strict=False)]
-
-
-def _quantile(counts: Sequence[int], bounds: Sequence[float], q: float = 0.99) -> float | None:
-    """Return the upper bound of the bucket in which the quantile lies, by the bounds of the endpoint."""
-    rank, seen = q * sum(counts), 0
-    for bound, count in zip((*bounds, float("inf")), counts, strict=False):
-        seen += count
-        if seen and seen >= rank:
-            return bound
-    return None

@@ -1,4 +1,4 @@
-"""What an application hands to those who tell of its pools: engines, async engines and pools."""
+"""The pool behind an engine, async engine or pool that the application passes to an export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def checked(source: Source) -> Engine | PidPool:
-    """Return the engine or pool that a source is.
+    """Return the engine or pool itself; for an async engine, the engine below it.
 
     :raises TypeError: for anything else, and for an engine whose pool is no `PidPool`.
     """
@@ -32,7 +32,7 @@ def checked(source: Source) -> Engine | PidPool:
 
 
 def pool_of(source: Engine | PidPool) -> PidPool:
-    """Return the pool as it is now: ``engine.dispose()`` puts a new one in the place of the old."""
+    """Return the current pool; ``engine.dispose()`` replaces an engine's pool by a new one."""
     pool = source.pool if isinstance(source, Engine) else source
     assert isinstance(pool, PidPool)
     return pool

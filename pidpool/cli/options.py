@@ -1,0 +1,25 @@
+"""Options that several commands have, so that they are described and checked alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+def interval(help_text: str) -> Callable[[Decorated], Decorated]:
+    """Return the option ``--interval``: seconds, 2 by default, at least 0.1.
+
+    :param help_text: what the command waits for.
+    """
+    return click.option(
+        "--interval",
+        type=click.FloatRange(min=0.1),
+        default=2.0,
+        show_default=True,
+        metavar="SECONDS",
+        help=help_text,
+    )

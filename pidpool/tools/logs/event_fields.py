@@ -1,0 +1,21 @@
+"""The fields that pidpool's own events have, and those that every line of a log has. Any other field of an
+event was added by the user's configuration.
+"""
+
+from __future__ import annotations
+
+EVERY_LINE = frozenset(["event", "level", "timestamp", "logger", "logger_name"])
+"""Fields that structlog's usual processors add."""
+
+PIDPOOL = frozenset(
+    [
+        *("pool", "pid", "at"),
+        *("connection_id", "owner_pid", "fd", "socket_inode", "server_pid", "opened_at"),
+        *("create_time", "wait_time", "use_time", "reason", "soft", "error"),
+        *("size", "overflow", "checked_out", "held", "hold_warning", "where"),
+        *("idle", "in_transaction", "state", "action", "by", "by_server_pid"),
+        *("parent_pid", "trigger", "connects_in_flight", "closed"),
+        *("processes", "maximum", "server_max_connections"),
+    ]
+)
+"""The fields of pidpool's events."""
