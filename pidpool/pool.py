@@ -27,7 +27,7 @@ from pidpool.events.user_code import calling_line
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
-from pidpool.forks.takeover import OpenConnections, Takeover
+from pidpool.forks.takeover import Takeover
 from pidpool.options import check_choice, check_number
 from pidpool.stats.family import Family
 from pidpool.stats.process_counters import (
@@ -249,28 +249,31 @@ class PidPool(HookedQueuePool):
     # -- at a fork
 
     def start_from_zero(self, takeover: Takeover) -> None:
-        """Replace everything that another thread may have held at the fork; runs in the at-fork hook."""
+        """Replace everything that another thread may have held at the fork; may run in the at-fork hook."""
+        fork = takeover.fork
         for entry in self.entries():
             entry.mark_inherited()
-        self.forget_entries()
-        self.pool_events.begin_anew(takeover.parent_pid, takeover.trigger)
-        connections = OpenConnections()
-        for each in takeover.connections:
-            connections.add(each.state)
-        if self.on_foreign == "refuse" and connections.idle:
-            self._refusal = _Refusal(takeover.parent_pid, connections.idle)
-        with held_back():
-            self.pool_events.pool_adopted(
-                takeover.at,
-                takeover.parent_pid,
-                takeover.trigger,
-                connections.idle,
-                connections.checked_out,
-                connections.in_transaction,
-                takeover.connects_in_flight,
-            )
-            for tag, state, action, where in takeover.connections:
-                self.pool_events.connection_inherited(takeover.at, tag, state, action, where)
+        self.forget_entries(was_alone=fork.is_alone)
+        self.pool_events.begin_anew(fork.parent_pid, fork.trigger)
+        if self.on_foreign == "refuse":
+            idle = takeover.open_connections().idle
+            if idle:
+                self._refusal = _Refusal(fork.parent_pid, idle)
+        self.pool_events.log_later(self._log_takeover, takeover)
+
+    def _log_takeover(self, takeover: Takeover) -> None:
+        fork, connections = takeover.fork, takeover.open_connections()
+        self.pool_events.pool_adopted(
+            fork.at,
+            fork.parent_pid,
+            fork.trigger,
+            connections.idle,
+            connections.checked_out,
+            connections.in_transaction,
+            fork.connects_in_flight,
+        )
+        for tag, state, action, where in takeover.connections:
+            self.pool_events.connection_inherited(fork.at, tag, state, action, where)
 
     def log_waiting_events(self) -> None:
         """Log the events that could not be logged when they happened."""
@@ -330,4 +333,4 @@ def _watched_checkouts() -> Iterator[WatchedCheckout]:
                     yield watched
 
 
-detection.register_child_callback(lambda trigger, connects_in_flight: overdue.forget_thread())
+detection.register_child_callback(lambda fork: overdue.forget_thread())

@@ -87,7 +87,7 @@ class PidPoolEntry(_ConnectionRecord):
         connection = create(self)
         sever = self.pidpool.inherited_sockets == "sever"
         self.own(ownership.tag_connection(connection, self, sever=sever))
-        severing.prepare_to_sever()
+        severing.dead_socket()  # made ahead, for a child at its limit of open files
         try:
             # One statement, once in a family, before the application has the connection.
             self.pool_events.family.learn_server_max_connections(

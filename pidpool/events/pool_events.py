@@ -97,8 +97,7 @@ class PoolEvents:
         self.is_enabled = self._logger.is_enabled
         """``is_enabled(level)`` says whether an event of this level would be logged at present."""
         self._note_waiting = note_waiting
-        # A fork of this process is only a tuple of numbers: its event costs more, and may not be logged.
-        self._waiting: deque[_WaitingEvent | tuple[float, int, int, int]] = deque(maxlen=MOST_WAITING)
+        self._waiting: deque[_WaitingEvent | tuple[Callable[..., None], Any]] = deque(maxlen=MOST_WAITING)
 
     # -- a connection's life
 
@@ -174,8 +173,7 @@ class PoolEvents:
         """Count a fork in the parent's at-fork hook, and have it logged later if a connection is open."""
         self.counters.add_fork()
         if idle or checked_out:
-            self._waiting.append((at, idle, checked_out, in_transaction))
-            self._note_waiting()
+            self.log_later(self.pool_forked, at, idle, checked_out, in_transaction)
 
     def pool_forked(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
         """The parent forked a child, with so many connections open."""
@@ -265,9 +263,19 @@ class PoolEvents:
         """
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._waiting = deque(maxlen=MOST_WAITING)
+            while self._waiting:  # clear() would make it anew
+                self._waiting.popleft()
             self.counters = self.family.join(parent_pid)
             self.counters.add_adoption(trigger)
+
+    def log_later(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have a function that emits events called by `log_waiting`, in the context of that.
+
+        For an at-fork hook, where nothing may be logged, and where to make an event costs more than it seems:
+        each page that is written to is copied.
+        """
+        self._waiting.append((function, arguments))
+        self._note_waiting()
 
     def log_waiting(self) -> None:
         """Log the events that wait."""
@@ -280,7 +288,8 @@ class PoolEvents:
             except IndexError:
                 return  # another thread was first
             if isinstance(waiting, tuple):
-                copy_context().run(self.pool_forked, *waiting)
+                function, arguments = waiting
+                copy_context().run(function, *arguments)
                 continue
             context = copy_context() if waiting.context is None else waiting.context
             if context.run(self.is_enabled, _LEVELS[waiting.level]):

@@ -74,16 +74,36 @@ _pid = os.getpid()
 _gate = ConnectGate()
 
 
+def is_hooked() -> bool:
+    """Return whether the at-fork hook has run in this process, and has left most of it to its first use."""
+    return fork_state[0] == FORKED and _hooked_pid == os.getpid()
+
+
 def process_pid() -> int:
     """Return the pid of this process; in a child that has not noticed its fork, that of its parent."""
     return _pid
 
 
+class NoticedFork:
+    """The fork by which this process began."""
+
+    __slots__ = ("at", "parent_pid", "trigger", "connects_in_flight", "is_alone")
+
+    def __init__(self, at: float, trigger: Trigger, connects_in_flight: int, is_alone: bool) -> None:
+        self.at = at
+        """Seconds since the epoch: when the at-fork hook ran or, without one, when the fork was noticed."""
+        self.parent_pid = _pid
+        self.trigger = trigger
+        self.connects_in_flight = connects_in_flight
+        self.is_alone = is_alone
+        """Whether the parent had no other thread, so that none was in the middle of anything."""
+
+
 # -- what the other modules register
 
 _fork_callbacks: list[Callable[[float], None]] = []
-_urgency_checks: list[Callable[[], bool]] = []
-_child_callbacks: list[Callable[[Trigger, int], None]] = []
+_hook_callbacks: list[Callable[[], bool]] = []
+_child_callbacks: list[Callable[[NoticedFork], None]] = []
 _report_callbacks: list[Callable[[], None]] = []
 
 
@@ -97,22 +117,21 @@ def register_fork_callback(callback: Callable[[float], None]) -> None:
     _fork_callbacks.append(callback)
 
 
-def register_child_callback(callback: Callable[[Trigger, int], None]) -> None:
-    """Have `callback(trigger, connects_in_flight)` called once in every forked child.
+def register_child_callback(callback: Callable[[NoticedFork], None]) -> None:
+    """Have `callback(fork)` called once in every forked child.
 
-    It may run inside an at-fork hook: it must not block, log, yield or raise. It is called again if it
-    was interrupted.
+    It may run inside an at-fork hook: it must not block, log, yield or raise. It is called again if it was
+    interrupted.
     """
     _child_callbacks.append(callback)
 
 
-def register_urgency_check(is_urgent: Callable[[], bool]) -> None:
-    """Have a child's at-fork hook ask whether the fork has to be dealt with at once.
+def register_hook_callback(callback: Callable[[], bool]) -> None:
+    """Have `callback()` called in a child's at-fork hook, to do what can't wait for the first use of a pool.
 
-    If no check says so, the first look at `fork_state` deals with it: a child that never uses a pool then
-    pays nothing.
+    It returns whether all the rest can wait. If one can't, the hook deals with the fork at once.
     """
-    _urgency_checks.append(is_urgent)
+    _hook_callbacks.append(callback)
 
 
 def register_report_callback(report: Callable[[], None]) -> None:
@@ -157,11 +176,11 @@ def connecting() -> Iterator[None]:
 _notice_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]  # a function before 3.13
 
 
-def notice_fork(trigger: Trigger = "lazy") -> None:
+def notice_fork() -> None:
     """Deal with a fork, if there was one and it was not dealt with yet. Never blocks for long, never logs."""
     global _pid, _gate
-    if _hooked_pid == os.getpid():
-        trigger = "hook"
+    was_hooked = _hooked_pid == os.getpid()
+    at = _hooked_at if was_hooked else time.time()
     # A lock of this process's own: a fork may have copied any other one in a locked state.
     lock = _notice_locks.setdefault(os.getpid(), threading.RLock())
     with lock:
@@ -171,13 +190,16 @@ def notice_fork(trigger: Trigger = "lazy") -> None:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            in_flight = _gate.in_flight(threading.get_ident())
+            is_alone = was_hooked and _hooked_alone
+            in_flight = 0 if is_alone else _gate.in_flight(threading.get_ident())
+            fork = NoticedFork(at, "hook" if was_hooked else "lazy", in_flight, is_alone)
             for callback in _child_callbacks:
-                callback(trigger, in_flight)
-            if not _forks_alone:
-                log_locks.renew(in_hook=trigger == "hook")
+                callback(fork)
+            if not was_hooked:
+                log_locks.renew(in_hook=False)
             _pid = os.getpid()
-            _gate = ConnectGate()
+            if not is_alone:
+                _gate = ConnectGate()
             fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
         finally:
             if collecting:
@@ -192,7 +214,9 @@ _forks_alone = False
 a connect or of a log line, so there is nothing to wait for, to hold or to renew."""
 
 _hooked_pid = 0
-"""The process whose at-fork hook has run and left the fork to the first look at `fork_state`."""
+"""The process whose at-fork hook has run. What can wait is left to the first look at `fork_state`."""
+_hooked_at = 0.0
+_hooked_alone = False
 
 
 def _is_alone() -> bool:
@@ -228,14 +252,16 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _forks_alone, _hooked_pid
-    if any(is_urgent() for is_urgent in _urgency_checks):
-        notice_fork("hook")
-    else:
-        _hooked_pid = os.getpid()
-        if not _forks_alone:
-            log_locks.renew(in_hook=True)
+    global _forks_alone, _hooked_pid, _hooked_at, _hooked_alone
+    _hooked_pid, _hooked_at, _hooked_alone = os.getpid(), time.time(), _forks_alone
+    can_wait = True
+    for callback in _hook_callbacks:
+        can_wait = callback() and can_wait
+    if not _forks_alone:
+        log_locks.renew(in_hook=True)
     _forks_alone = False
+    if not can_wait:
+        notice_fork()
 
 
 if hasattr(os, "register_at_fork"):

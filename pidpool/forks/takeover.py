@@ -7,12 +7,11 @@ not block, log, raise or send anything. The events of it wait for the first use 
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from pidpool.forks import at_exit, detection, severing
+from pidpool.forks import at_exit, detection, ownership, severing
+from pidpool.forks.detection import NoticedFork
 from pidpool.forks.ownership import (
     Checkout,
     Entry,
@@ -22,7 +21,7 @@ from pidpool.forks.ownership import (
 )
 from pidpool.forks.stand_in import DisownedConnection, Inheritance, ReplacingPool, transaction_state
 from pidpool.tag import ConnectionTag
-from pidpool.terms import SocketAction, StateAtFork, Trigger
+from pidpool.terms import SocketAction, StateAtFork
 
 
 class ForkNotes(Protocol):
@@ -95,44 +94,34 @@ class InheritedConnection(NamedTuple):
 class Takeover:
     """What a child found when it took a pool over."""
 
-    def __init__(self, parent_pid: int, trigger: Trigger, connects_in_flight: int) -> None:
-        self.at = time.time()
-        self.parent_pid = parent_pid
-        self.trigger = trigger
-        self.connects_in_flight = connects_in_flight
+    __slots__ = ("fork", "connections")
+
+    def __init__(self, fork: NoticedFork) -> None:
+        self.fork = fork
         self.connections: list[InheritedConnection] = []
 
-
-class _Open(NamedTuple):
-    """One connection that is open at a fork, and all that refers to it."""
-
-    owned: OwnedConnection
-    connection: Any
-    entry: Entry | None
-    checkout: Checkout | None
-    pool: ForkablePool | None
-
-    @property
-    def state(self) -> StateAtFork:
-        if self.entry is not None and not self.entry.in_use:
-            return "idle"
-        return transaction_state(self.connection)
+    def open_connections(self) -> OpenConnections:
+        """Count the connections."""
+        counted = OpenConnections()
+        for each in self.connections:
+            counted.add(each.state)
+        return counted
 
 
-def _open_connections() -> Iterator[_Open]:
-    for owned in list(owned_connections.values()):
-        connection = owned.connection()
-        if connection is None or isinstance(connection, DisownedConnection):
-            continue
-        entry: Entry | None = None
-        if owned.detached is not None:
-            # Its entry has gone back to the pool, and may hold another connection already.
-            checkout = owned.detached()
-        else:
-            entry = owned.entry()
-            checkout = None if entry is None else entry.current_checkout()
-        pool = entry.pidpool if entry is not None else checkout.pidpool if checkout is not None else None
-        yield _Open(owned, connection, entry, checkout, pool)
+def _holders(owned: OwnedConnection) -> tuple[Entry | None, Checkout | None, ForkablePool | None]:
+    """Return what refers to a connection that is open at a fork: entry, checkout and pool."""
+    if owned.detached is not None:
+        # Its entry has gone back to the pool, and may hold another connection already.
+        checkout = owned.detached()
+        return None, checkout, None if checkout is None else checkout.pidpool
+    entry = owned.entry()
+    if entry is None:
+        return None, None, None
+    return entry, entry.current_checkout() if entry.in_use else None, entry.pidpool
+
+
+def _state(connection: Any, entry: Entry | None) -> StateAtFork:
+    return "idle" if entry is not None and not entry.in_use else transaction_state(connection)
 
 
 def _note_fork(at: float) -> None:
@@ -159,48 +148,68 @@ def _note_fork(at: float) -> None:
 
 def _look_and_note_fork(at: float) -> None:
     noted = {pool.pool_events: OpenConnections() for pool in pools()}
-    for each in _open_connections():
-        if each.pool is not None:
-            noted.setdefault(each.pool.pool_events, OpenConnections()).add(each.state)
+    for owned in list(owned_connections.values()):
+        connection = owned.connection()
+        entry, _, pool = _holders(owned)
+        if connection is not None and pool is not None:
+            noted.setdefault(pool.pool_events, OpenConnections()).add(_state(connection, entry))
     for events, connections in noted.items():
         events.note_fork(at, connections.idle, connections.checked_out, connections.in_transaction)
 
 
-def _take_over(trigger: Trigger, connects_in_flight: int) -> None:
-    parent_pid = detection.process_pid()
-    takeovers = {id(pool): (pool, Takeover(parent_pid, trigger, connects_in_flight)) for pool in pools()}
-    for each in _open_connections():
-        if each.pool is None:
-            _disown(each)
-            continue
-        state = each.state
-        _put_stand_in(each, each.pool, state)
-        action = _disown(each)
-        if id(each.pool) in takeovers:
-            place = None if each.entry is None else each.entry.checked_out_at
-            inherited = InheritedConnection(each.owned.tag, state, action, place)
-            takeovers[id(each.pool)][1].connections.append(inherited)
+def _sever_at_once() -> bool:
+    """Do in the child's at-fork hook what can't wait; return whether the rest can.
+
+    The server's sessions must end with their owner, whatever this process does. And nothing that it
+    inherited may be destroyed before it is disowned: its pools keep their idle connections, and
+    `owned_connections` keeps those that are checked out.
+    """
+    if not owned_connections:
+        return True
+    for pool in pools():
+        severing.pin(pool)
+    severing.pin(owned_connections)
+    # No pool keeps a connection that was detached from it.
+    return ownership.sever_all() and not detached_connections
+
+
+def _take_over(fork: NoticedFork) -> None:
+    takeovers = {id(pool): (pool, Takeover(fork)) for pool in pools()}
+    for owned in list(owned_connections.values()):
+        connection = owned.connection()
+        if connection is None or isinstance(connection, DisownedConnection):
+            continue  # the latter if this was interrupted, and begins again
+        entry, checkout, pool = _holders(owned)
+        if pool is not None:
+            state = _state(connection, entry)
+            _put_stand_in(owned.tag, connection, entry, checkout, pool, state)
+        severing.pin(connection)  # before the socket: from here on its id stays its own
+        action: SocketAction = "severed" if owned.sever_socket() else "kept"
+        if pool is not None and id(pool) in takeovers:
+            place = None if entry is None else entry.checked_out_at
+            inherited = InheritedConnection(owned.tag, state, action, place)
+            takeovers[id(pool)][1].connections.append(inherited)
     for pool, takeover in takeovers.values():
         pool.start_from_zero(takeover)
     owned_connections.clear()
     detached_connections.clear()
 
 
-def _put_stand_in(inherited: _Open, pool: ForkablePool, state: StateAtFork) -> None:
-    connection, entry, checkout = inherited.connection, inherited.entry, inherited.checkout
+def _put_stand_in(
+    tag: ConnectionTag,
+    connection: Any,
+    entry: Entry | None,
+    checkout: Checkout | None,
+    pool: ForkablePool,
+    state: StateAtFork,
+) -> None:
     if checkout is not None and checkout.held_connection is not connection:
         checkout = None
-    stand_in = DisownedConnection(Inheritance(pool, inherited.owned.tag, connection, state, checkout))
+    stand_in = DisownedConnection(Inheritance(pool, tag, connection, state, checkout))
     if checkout is not None:
         checkout.held_connection = stand_in
     if entry is not None and entry.dbapi_connection is connection:
         entry.dbapi_connection = stand_in
-
-
-def _disown(inherited: _Open) -> SocketAction:
-    """Let go of an inherited connection without a byte to the server; say what became of its socket."""
-    severing.pin(inherited.connection)  # first: from here on its id stays its own
-    return "severed" if inherited.owned.sever_socket() else "kept"
 
 
 def _log_waiting_events() -> None:
@@ -208,12 +217,8 @@ def _log_waiting_events() -> None:
         pool.log_waiting_events()
 
 
-def _has_open_connections() -> bool:
-    return bool(owned_connections)
-
-
 detection.register_fork_callback(_note_fork)
-detection.register_urgency_check(_has_open_connections)
+detection.register_hook_callback(_sever_at_once)
 detection.register_child_callback(_take_over)
 detection.register_report_callback(_log_waiting_events)
 at_exit.log_at_exit()

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from pidpool.export.endpoint import http1
 from pidpool.export.endpoint.app import StatsApp
 from pidpool.forks import detection
-from pidpool.terms import Trigger
 
 if TYPE_CHECKING:
     from pidpool.export.pools import Source
@@ -265,10 +264,10 @@ def _in_url(host: str) -> str:
 _servers: list[StatsServer] = []
 
 
-def _let_go_in_child(trigger: Trigger, connects_in_flight: int) -> None:
+def _let_go_in_child(fork: detection.NoticedFork) -> None:
     while _servers:
         _servers.pop()._let_go()
 
 
 detection.register_child_callback(_let_go_in_child)
-detection.register_urgency_check(lambda: bool(_servers))
+detection.register_hook_callback(lambda: not _servers)  # a child can't wait with letting one go
