@@ -113,7 +113,7 @@ class PidPool(HookedQueuePool):
         super().__init__(
             creator,
             pool_size=pool_size,
-            max_overflow=max_overflow,
+            max_overflow=max(-1, max_overflow),  # to QueuePool only -1 is no limit
             timeout=timeout,
             use_lifo=use_lifo,
             **options,
@@ -242,7 +242,7 @@ class PidPool(HookedQueuePool):
             detection.settle()
         return self.pool_events.family.read(self.pool_events.pool)
 
-    def entries(self) -> list[PidPoolEntry]:
+    def records(self) -> list[PidPoolEntry]:
         """Return this process's pool entries, idle or checked out, in no order."""
         return cast("list[PidPoolEntry]", self.pool_events.counters.entries())
 
@@ -251,7 +251,7 @@ class PidPool(HookedQueuePool):
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace everything that another thread may have held at the fork; may run in the at-fork hook."""
         fork = takeover.fork
-        for entry in self.entries():
+        for entry in self.records():
             entry.mark_inherited()
         self.forget_entries(was_alone=fork.is_alone)
         self.pool_events.begin_anew(fork.parent_pid, fork.trigger)
@@ -327,7 +327,7 @@ class _Refusal:
 def _watched_checkouts() -> Iterator[WatchedCheckout]:
     for pool in takeover.pools():
         if pool.hold_warning is not None:
-            for entry in pool.entries():
+            for entry in pool.records():
                 watched = entry.watched
                 if watched is not None:
                     yield watched

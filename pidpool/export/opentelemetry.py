@@ -1,7 +1,7 @@
-"""A pool's figures as OpenTelemetry metrics, under the names of the semantic conventions.
+"""A pool's stats as OpenTelemetry metrics, under the names of the semantic conventions.
 
-Needs opentelemetry-api only (``pip install 'pidpool[otel]'``); what is done with the figures is up to
-the application's own OpenTelemetry SDK.
+Needs opentelemetry-api only (``pip install 'pidpool[otel]'``); the application's own OpenTelemetry SDK
+collects and exports the metrics.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ if TYPE_CHECKING:
 
 
 def instrument(engine: Source, meter_provider: MeterProvider | None = None) -> None:
-    """Have the metrics of an engine's pool collected; once for each engine.
+    """Register the metrics of an engine's pool for collection; call it once for each engine.
 
-    Each process tells of its own part of the pool, from zero after a fork: forked workers export as
-    they would without this, each by itself, and are told apart by the attribute ``process.pid``. Only
+    Each process reports its own part of the pool, from zero after a fork: forked workers export as
+    they would without this, each by itself, and differ in the attribute ``process.pid``. Only
     ``pidpool.processes``, ``.unlisted_processes``, ``.possible_maximum`` and
     ``.server_max_connections`` are of the whole family; don't add those up over processes.
 
     The conventions' ``create_time``, ``wait_time`` and ``use_time`` are histograms, and OpenTelemetry
     has no histogram whose buckets could be handed over when it collects. Recording each checkout
-    instead would cost every checkout several times what it costs now. So these three are told as
-    counters: ``pidpool.connection.wait_time.sum`` in seconds and ``pidpool.connection.wait_time.count``,
+    instead would cost every checkout several times what it costs now. So these three are reported
+    as counters: ``pidpool.connection.wait_time.sum`` in seconds and ``pidpool.connection.wait_time.count``,
     likewise the others, whose quotient is the mean; the whole histograms are in ``/metrics``.
 
     Nothing is read before a collection, and a collection opens no connection. The engine is not kept
-    alive by this. Doing it again for the same engine and provider changes nothing.
+    alive by this. A second call for the same engine and provider changes nothing.
 
     :param engine: an engine, async engine or pool; two that are instrumented must not have the same
         ``pool_logging_name``.
-    :param meter_provider: instead of the one that is set for the process.
-    :raises TypeError: if the pool is no `PidPool`.
+    :param meter_provider: the provider to use instead of the process's global one.
+    :raises TypeError: if the pool is not a `PidPool`.
     """
     provider = get_meter_provider() if meter_provider is None else meter_provider
     instrumented = _instrumented.get(provider)
@@ -69,7 +69,7 @@ def instrument(engine: Source, meter_provider: MeterProvider | None = None) -> N
 
 
 class _Instrumented:
-    """The engines that one meter provider collects of."""
+    """The engines whose pools one meter provider collects."""
 
     def __init__(self) -> None:
         self.sources: WeakSet[Any] = WeakSet()
@@ -97,11 +97,11 @@ class _Instrumented:
             create["counter"](f"{name}.count", [callback], "1", f"{durations.description} How often.")
 
     def _callback(
-        self, take: Callable[[PidPool], Any], read: _Read
+        self, snapshot: Callable[[PidPool], Any], read: _Read
     ) -> Callable[[Any], Iterator[Observation]]:
         def observe(options: object) -> Iterator[Observation]:
             for source in list(self.sources):
-                stats = take(pool_of(source))
+                stats = snapshot(pool_of(source))
                 for attributes, value in read(stats):
                     if value is not None:
                         common = {POOL_NAME: stats.pool, "process.pid": os.getpid()}

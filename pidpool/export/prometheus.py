@@ -1,6 +1,6 @@
-"""The figures of families as Prometheus metrics, in the words of prometheus-client's own exposition.
+"""The stats of families as Prometheus metrics, in the formats of prometheus-client's own exposition.
 
-All figures are of the whole family, so it does not matter which of its processes is scraped. No series
+All metrics are of the whole family, so it does not matter which of its processes is scraped. No series
 has a pid in it: workers come and go, and each would leave its series behind.
 """
 
@@ -29,18 +29,18 @@ def expose(families: Sequence[FamilyStats], accept: str) -> tuple[bytes, str]:
 
     :param accept: the scraper's Accept header, by which the format is chosen.
     """
-    # A registry for each scrape: one with a lock in it could be inherited by a child, locked.
+    # A registry for each scrape: a child could inherit a shared one with its lock held.
     registry = CollectorRegistry(auto_describe=False)
     registry.register(FamilyCollector(families))
     try:
         encoder, content_type = choose_encoder(accept)
-    except (TypeError, ValueError):  # a version that is no number
+    except (TypeError, ValueError):  # a version that is not a number
         encoder, content_type = choose_encoder("")
     return encoder(registry), content_type
 
 
 class FamilyCollector(Collector):
-    """Gives the figures of families to a registry, as they were when the snapshots were taken."""
+    """Collects the metrics of families from snapshots that are already taken."""
 
     def __init__(self, families: Sequence[FamilyStats]) -> None:
         self._families = families
@@ -80,7 +80,7 @@ def _metric(
     kind: str, name: str, description: str, *attributes: str
 ) -> CounterMetricFamily | GaugeMetricFamily:
     labels = [_POOL, *map(_translated, attributes)]
-    # What goes up and down is a gauge to Prometheus. A counter's _total is added by the exposition.
+    # An updowncounter is a gauge to Prometheus. A counter's _total is added by the exposition.
     family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
     return family(_translated(name), description, labels=labels)
 

@@ -102,17 +102,17 @@ class OwnedConnection:
         entry = self._entry()
         return None if entry is None else entry.dbapi_connection
 
-    def sever_socket(self, dead_socket: int | None = None) -> bool:
+    def sever_socket(self, *, even_if_kept: bool = False) -> bool:
         """Sever the connection's socket if that is wanted; return whether it was done, now or before.
 
         Does nothing if the descriptor is no longer the socket that was tagged. Descriptor numbers are
         reused, so a number alone proves nothing
         (tests/forks/test_inherited.py::test_a_reused_descriptor_is_left_alone).
         """
-        if self.is_severed or not self.sever or self.fd is None or self.identity is None:
+        if self.is_severed or not (self.sever or even_if_kept) or self.fd is None or self.identity is None:
             return self.is_severed
         if severing.socket_identity(self.fd) == self.identity:
-            severing.sever(self.fd, severing.dead_socket() if dead_socket is None else dead_socket)
+            severing.sever(self.fd, severing.dead_socket())
             self.is_severed = True
         return self.is_severed
 
@@ -121,6 +121,11 @@ class OwnedConnection:
         self.detached = checkout
         if owned_connections.get(self._key) is self:
             detached_connections[self._key] = self
+
+    def renew(self, connection: Any, entry: Entry) -> None:
+        """Refer anew to a connection and its entry that were collected in a cycle, and then resurrected."""
+        self.__init__(self.tag, self.identity, connection, entry, self.sever)  # type: ignore[misc]
+        owned_connections[self._key] = self
 
     def let_go(self) -> None:
         """Take the connection out of `owned_connections`: its owner is about to close it."""

@@ -19,7 +19,13 @@ from pidpool.forks.ownership import (
     detached_connections,
     owned_connections,
 )
-from pidpool.forks.stand_in import DisownedConnection, Inheritance, ReplacingPool, transaction_state
+from pidpool.forks.stand_in import (
+    DisownedConnection,
+    Inheritance,
+    ReplacingPool,
+    is_busy,
+    transaction_state,
+)
 from pidpool.tag import ConnectionTag
 from pidpool.terms import SocketAction, StateAtFork
 
@@ -47,23 +53,25 @@ class ForkablePool(ReplacingPool, Protocol):
     def log_waiting_events(self) -> None: ...
 
 
-_pools: dict[int, weakref.ref[ForkablePool]] = {}  # a WeakSet takes longer, at every fork
+_pools: dict[int, weakref.ref[ForkablePool]] = {}
 
 
 def add_pool(pool: ForkablePool) -> None:
     """Have a pool taken over in every child that is forked from now on, as long as it lives."""
     key = id(pool)
+    _pools[key] = weakref.ref(pool, lambda reference: _forget_pool(key, reference))
 
-    def forget(reference: weakref.ref[ForkablePool]) -> None:
-        if _pools.get(key) is reference:
-            del _pools[key]
 
-    _pools[key] = weakref.ref(pool, forget)
+def _forget_pool(key: int, reference: weakref.ref[ForkablePool]) -> None:
+    if _pools.get(key) is reference:
+        del _pools[key]
 
 
 def pools() -> list[Any]:
     """Return every pool of this process that is alive."""
-    found = [reference() for reference in list(_pools.values())]
+    # Copied in one step of C's: other threads make and drop engines meanwhile. A WeakSet's copy is a loop
+    # of Python's (tests/forks/test_takeover.py::test_engines_come_and_go_in_other_threads_while_one_forks).
+    found = (reference() for reference in list(_pools.values()))
     return [pool for pool in found if pool is not None]
 
 
@@ -184,7 +192,10 @@ def _take_over(fork: NoticedFork) -> None:
             state = _state(connection, entry)
             _put_stand_in(owned.tag, connection, entry, checkout, pool, state)
         severing.pin(connection)  # before the socket: from here on its id stays its own
-        action: SocketAction = "severed" if owned.sever_socket() else "kept"
+        # A child that was forked in the middle of a driver's call may unwind that call, which then ends on
+        # the socket what its parent is doing there (test_takeover.py::test_a_copy_in_flight_is_the_parents).
+        is_in_a_call = not owned.is_severed and checkout is not None and is_busy(connection)
+        action: SocketAction = "severed" if owned.sever_socket(even_if_kept=is_in_a_call) else "kept"
         if pool is not None and id(pool) in takeovers:
             place = None if entry is None else entry.checked_out_at
             inherited = InheritedConnection(owned.tag, state, action, place)

@@ -112,6 +112,20 @@ class Entry(Protocol):
     slot: memoryview
 
 
+class _EntryReference(weakref.ref["Entry"]):
+    """A weak reference to an entry that knows the entry's slot.
+
+    By a weak reference's callback a slot becomes free, and not by the entry's ``__del__``: that runs after
+    the entry may have been resurrected, and once only.
+    """
+
+    __slots__ = ("key", "number", "slot")
+
+    key: int
+    number: int
+    slot: memoryview
+
+
 class ProcessCounters:
     """The counters of this process for one pool, in a block of its own.
 
@@ -127,7 +141,7 @@ class ProcessCounters:
         self._free: list[int] = []
         # Not fork.current(): inside an at-fork hook that is still the parent.
         self._pid = os.getpid()
-        self._entries: dict[int, weakref.ref[Entry]] = {}
+        self._entries: dict[int, _EntryReference] = {}
 
     def entries(self) -> list[Entry]:
         """Return the pool entries that have a slot here."""
@@ -198,23 +212,31 @@ class ProcessCounters:
             used = max(self.cells[SLOTS_USED], 1)
             number = self._free.pop() if self._free else used if used < self._slots else 0
             self.cells[SLOTS_USED] = max(used, number + 1)
-            self._entries[id(entry)] = weakref.ref(entry)
             first = HEAD_CELLS + number * SLOT_CELLS
             slot = self.cells[first : first + SLOT_CELLS]
             slot[TAKEN] += 1
+            reference = self._entries[id(entry)] = _EntryReference(entry, self._release_slot)
+            reference.key, reference.number, reference.slot = id(entry), number, slot
         return number, slot
 
-    def release_slot(self, entry: Entry) -> None:
-        """Make an entry's slot free for the next one, which goes on with its counts."""
+    def has_slot(self, entry: Entry) -> bool:
+        """Return whether an entry has a slot here; not if it was collected, and then resurrected."""
+        reference = self._entries.get(id(entry))
+        return reference is not None and reference() is entry
+
+    def _release_slot(self, reference: weakref.ref[Entry]) -> None:
+        """Make a collected entry's slot free for the next one, which goes on with its counts."""
+        assert isinstance(reference, _EntryReference)
         if not self._is_of_this_process():
             return
         with self._lock:
-            self._entries.pop(id(entry), None)
-            entry.slot[TAKEN] -= 1
-            if entry.slot_number:
-                write_connection(entry.slot, None)
-                entry.slot[THREAD] = 0
-                self._free.append(entry.slot_number)
+            if self._entries.get(reference.key) is reference:
+                del self._entries[reference.key]
+            reference.slot[TAKEN] -= 1
+            if reference.number:
+                write_connection(reference.slot, None)
+                reference.slot[THREAD] = 0
+                self._free.append(reference.number)
 
 
 def write_connection(slot: memoryview, tag: ConnectionTag | None) -> None:

@@ -145,7 +145,7 @@ def test_however_it_ends_it_is_watched_no_longer(
     _wait_for(events, "checkout.overdue")
     end(engine, connections)
     assert len(events.of("checkout.returned_late")) == late
-    assert not [record for record in engine.pool.entries() if record.watched]  # type: ignore[attr-defined]
+    assert not [record for record in engine.pool.records() if record.watched]  # type: ignore[attr-defined]
 
 
 def test_a_shorter_hold_warning_wakes_the_thread(

@@ -82,6 +82,7 @@ def test_stats_json_is_the_family_s_own_dict() -> None:
     stats = json.loads(ask(StatsApp(telling(told)), "/stats.json").text)
     assert stats["answered_by"] == os.getpid()
     assert stats["pools"] == [json.loads(json.dumps(told.to_dict()))]
+    assert stats["open_states"] == ["in transaction", "unknown"]
     assert len(stats["bounds"]) + 1 == len(stats["pools"][0]["counters"]["wait_time"]["counts"])
 
 
@@ -275,7 +276,7 @@ def test_the_pool_is_looked_up_again_after_dispose() -> None:
 def test_what_keeps_no_stats_is_refused_with_the_remedy() -> None:
     with pytest.raises(TypeError, match=r"QueuePool.*poolclass=PidPool"):
         StatsApp(create_engine("sqlite://", poolclass=QueuePool))
-    with pytest.raises(TypeError, match="no engine"):
+    with pytest.raises(TypeError, match="neither an engine nor a PidPool"):
         StatsApp("sqlite://")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="at least one"):
         StatsApp()

@@ -108,7 +108,7 @@ def test_the_family_is_a_tree_of_processes_and_their_connections(
         "used": "1", "idle": "2", "waiting": "3", "processes": "2",
         "checkouts": "39", "opened": "3", "timeouts": "1", "leaks": "1",
     }  # fmt: skip
-    assert "3 connections open, 30 at the most; the server takes 100" in browser.text(".capacity")
+    assert "3 connections open, 30 at most; the server allows 100" in browser.text(".capacity")
 
 
 def test_leaks_are_marked(browser: Browser, told: Told, served: StatsServer) -> None:
@@ -266,7 +266,7 @@ def test_the_token_is_asked_for_and_never_put_into_an_address(browser: Browser, 
         assert field.get_attribute("id") == "token"
         field.send_keys("wrong\n")
         browser.wait(
-            lambda: "not the right one" in browser.text("#problem"), "a wrong token is not said to be so"
+            lambda: "The token is wrong" in browser.text("#problem"), "a wrong token is not said to be so"
         )
         browser.driver.switch_to.active_element.send_keys("s3cret\n")
         browser.wait_for(".process")

@@ -16,8 +16,8 @@ SUBCOMMANDS = ["demo", "logs", "ps", "top"]
 
 
 def pidpool(*arguments: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run the command where the packages named in `without` are not installed; its last line of standard
-    error tells the modules that it had imported in the end."""
+    """Run the command as if the packages named in `without` were not installed; the last line of its
+    standard error lists the modules that it had imported at its end."""
     program = f"""
 import atexit, sys
 for name in {without!r}:
@@ -48,7 +48,7 @@ def test_help_lists_the_commands_without_importing_them() -> None:
     assert "psutil" not in imported
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_printed() -> None:
     done = pidpool("--version")
     assert (done.returncode, done.stdout) == (0, f"pidpool {metadata.version('pidpool')}\n")
 
@@ -62,7 +62,7 @@ def test_output_that_can_not_be_written_is_no_finding(arguments: list[str]) -> N
     assert done.stderr == "pidpool: the output: No space left on device\n"
 
 
-def test_the_demos_help_tells_its_exit_status_and_starts_nothing() -> None:
+def test_the_demos_help_names_its_exit_status_and_starts_nothing() -> None:
     done = pidpool("demo", "--help")
     assert done.returncode == 0, done.stderr
     assert "Exit status: 0" in done.stdout

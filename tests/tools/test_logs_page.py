@@ -49,7 +49,7 @@ def data_of(path: Path) -> dict[str, Any]:
 
 
 def a_run() -> list[dict[str, Any]]:
-    """A parent in a transaction forks twice: one child uses what it inherited, the other is not heard of."""
+    """A parent in a transaction forks twice: one child uses the connection, the other logs nothing."""
     where = f"/srv/app.py:12 in {HOSTILE}"
     return [
         opened(10, 1, 0),
@@ -101,7 +101,7 @@ def test_the_page_shows_lanes_bars_forks_and_leaks(tmp_path: Path) -> None:
     assert [(leak["owner"], leak["inheritor"], leak["outcome"]) for leak in data["leaks"]] == [
         (0, 1, "severed, then refused")
     ]
-    assert [fork[3:] for fork in data["unheard"]] == [[1, 1, 1, "in transaction"]]
+    assert [fork[3:] for fork in data["unmatchedForks"]] == [[1, 1, 1, "in transaction"]]
     assert len(data["timeouts"]) == 1
     assert data["leakCount"] == 3 and data["openLeakCount"] == 2
     assert data["leftOut"] == []
@@ -198,7 +198,7 @@ THE_LEAK = [
 
 
 @pytest.mark.system
-def test_pointing_at_a_leak_tells_of_it(shown: WebDriver) -> None:
+def test_pointing_at_a_leak_shows_its_fields(shown: WebDriver) -> None:
     ActionChains(shown).move_to_element(the_leak(shown).find_element(By.CSS_SELECTOR, ".leak")).perform()
     lines = tip(shown).splitlines()
     assert lines[: len(THE_LEAK)] == THE_LEAK

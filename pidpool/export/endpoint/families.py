@@ -1,5 +1,5 @@
-"""The families that an endpoint tells of, as they are now. Read from memory: nothing here opens a
-connection, waits for one, or asks a server.
+"""The families whose stats an endpoint shows. Read from memory: nothing here opens a connection,
+waits for one, or asks a server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Families:
     """The families of some engines and pools.
 
-    :raises TypeError: as `checked`, and if there is none.
+    :raises TypeError: as `checked`, and if no engine or pool is given.
     """
 
     def __init__(self, sources: tuple[Source, ...]) -> None:
@@ -25,7 +25,7 @@ class Families:
             raise TypeError("give at least one engine or pool whose stats are to be shown")
         self._sources = [checked(source) for source in sources]
 
-    def now(self) -> list[FamilyStats]:
+    def snapshots(self) -> list[FamilyStats]:
         """Return a snapshot of each family; no two with the same name."""
         pools = {id(pool): pool for pool in map(pool_of, self._sources)}
         names: dict[str, int] = {}

@@ -1,5 +1,5 @@
-"""The fields that pidpool's own events have, and those that every line of a log has. Any other field of an
-event was added by the user's configuration.
+"""The fields of pidpool's own events, and those that structlog adds to every line. Any other field was added
+by the user's configuration.
 """
 
 from __future__ import annotations
@@ -18,4 +18,4 @@ PIDPOOL = frozenset(
         *("processes", "maximum", "server_max_connections"),
     ]
 )
-"""The fields of pidpool's events."""
+"""The fields that the methods of `PoolEvents` write; tests/tools/test_logs.py compares the two."""
