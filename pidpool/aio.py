@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from sqlalchemy.pool import AsyncAdaptedQueuePool
-
+from pidpool._sqlalchemy.async_idle_queue import AsyncIdleQueuePool
 from pidpool.pool import PidPool
 
 
-class AsyncPidPool(AsyncAdaptedQueuePool, PidPool):
+class AsyncPidPool(AsyncIdleQueuePool, PidPool):
     """`PidPool` with an asyncio queue: ``create_async_engine(url, poolclass=AsyncPidPool)``.
 
     Everything that `PidPool` says holds, in a child that runs an event loop of its own: asyncio

@@ -4,7 +4,6 @@ beside `_ConnectionRecord` in sqlalchemy/pool/base.py.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -172,13 +171,11 @@ class PidPoolEntry(_ConnectionRecord):
         # to wait for all of it: a dialect half initialised by another thread would stay so in the child.
         self.close_reason = "failed"
         try:
-            with detection.connecting():
-                started = time.perf_counter()
-                super()._ConnectionRecord__connect()  # type: ignore[misc]
+            took = detection.hold_forks_during(super()._ConnectionRecord__connect)  # type: ignore[misc]
         finally:
             self.close_reason = "recycled"
         if self.owned is not None:
-            self.pool_events.connection_opened(self.owned.tag, time.perf_counter() - started)
+            self.pool_events.connection_opened(self.owned.tag, took)
 
     def close(self) -> None:
         if self._let_go_if_inherited():

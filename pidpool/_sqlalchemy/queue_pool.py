@@ -50,6 +50,7 @@ class HookedQueuePool(QueuePool):
         super().__init__(creator, **options)
         # Reentrant, since a finalizer may return an overflowing connection inside any line.
         self._overflow_lock = threading.RLock()  # type: ignore[assignment]
+        self._inherited_entries: list[ConnectionPoolEntry] = []
 
     # -- what a subclass has of it
 
@@ -102,8 +103,8 @@ class HookedQueuePool(QueuePool):
         """
         inherited: Any = self._pool
         if was_alone and isinstance(inherited, IdleQueue) and not inherited.has_waiters:
-            # Kept, since to destroy what the queue held costs more.
-            severing.pin([inherited.get(False) for _ in range(inherited.qsize())])
+            # Kept as long as the pool, since to destroy what the queue held costs more.
+            self._inherited_entries = [inherited.get(False) for _ in range(inherited.qsize())]
             self._overflow = 0 - inherited.maxsize
             return
         self._pool = self._queue_class(inherited.maxsize, use_lifo=inherited.use_lifo)

@@ -15,8 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 # Imports logging. The at-fork hooks of logging and of concurrent.futures take a lock before the fork. They
@@ -158,19 +157,28 @@ def settle() -> None:
             report()
 
 
-@contextmanager
-def connecting() -> Iterator[None]:
-    """Hold forks of other threads back, for a bounded while, during a connect and its events."""
+def hold_forks_during(connect: Callable[[], None]) -> float:
+    """Connect, with its events, and hold forks of other threads back meanwhile, for a bounded while.
+
+    Return how many seconds it took, without the wait for other threads' forks.
+    """
     entered = _gate
     try:
         entered.enter_connect()
-        yield
+        started = time.perf_counter()
+        connect()
+        return time.perf_counter() - started
     finally:
-        if fork_state[0] == FORKED:
-            notice_fork()
-        # In a child forked meanwhile the gate is its parent's, whose threads may have left it locked.
-        if entered is _gate:
-            entered.leave_connect()
+        leave_connect(entered)
+
+
+def leave_connect(entered: ConnectGate) -> None:
+    """Let forks in again, through the gate that the connect has entered."""
+    if fork_state[0] == FORKED:
+        notice_fork()
+    # In a child forked meanwhile the gate is its parent's, whose threads may have left it locked.
+    if entered is _gate:
+        entered.leave_connect()
 
 
 _notice_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]  # a function before 3.13

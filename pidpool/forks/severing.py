@@ -27,6 +27,11 @@ def pin(kept: object) -> None:
     _pinned[id(kept)] = kept  # from then on the id stays this object's own
 
 
+def unpin(kept: object) -> None:
+    """Give back what was pinned until more was known of it."""
+    _pinned.pop(id(kept), None)
+
+
 def is_disowned(connection: Any) -> bool:
     """Return whether this driver connection was inherited and disowned in this process."""
     return id(connection) in _pinned

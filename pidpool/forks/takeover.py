@@ -71,8 +71,12 @@ def pools() -> list[Any]:
     """Return every pool of this process that is alive."""
     # Copied in one step of C's: other threads make and drop engines meanwhile. A WeakSet's copy is a loop
     # of Python's (tests/forks/test_takeover.py::test_engines_come_and_go_in_other_threads_while_one_forks).
-    found = (reference() for reference in list(_pools.values()))
-    return [pool for pool in found if pool is not None]
+    found = []
+    for reference in list(_pools.values()):
+        pool = reference()
+        if pool is not None:
+            found.append(pool)
+    return found
 
 
 class OpenConnections:
@@ -182,7 +186,9 @@ def _sever_at_once() -> bool:
 
 
 def _take_over(fork: NoticedFork) -> None:
-    takeovers = {id(pool): (pool, Takeover(fork)) for pool in pools()}
+    takeovers: dict[int, tuple[ForkablePool, Takeover]] = {}
+    for pool in pools():
+        takeovers[id(pool)] = pool, Takeover(fork)
     for owned in list(owned_connections.values()):
         connection = owned.connection()
         if connection is None or isinstance(connection, DisownedConnection):
@@ -202,6 +208,7 @@ def _take_over(fork: NoticedFork) -> None:
             takeovers[id(pool)][1].connections.append(inherited)
     for pool, takeover in takeovers.values():
         pool.start_from_zero(takeover)
+        severing.unpin(pool)  # it will have connections of this process's own, which are to be closed with it
     owned_connections.clear()
     detached_connections.clear()
 

@@ -145,8 +145,12 @@ class ProcessCounters:
 
     def entries(self) -> list[Entry]:
         """Return the pool entries that have a slot here."""
-        found = (reference() for reference in list(self._entries.values()))
-        return [entry for entry in found if entry is not None]
+        found = []
+        for reference in list(self._entries.values()):
+            entry = reference()
+            if entry is not None:
+                found.append(entry)
+        return found
 
     def add(self, count: Count, number: int = 1) -> None:
         """Add to one of the plain counts."""
