@@ -1,8 +1,10 @@
 """How a forked child takes over: once in each child, before anything else is done with a pool, it disowns all
 inherited connections, and all its pools start from zero.
 
-Runs in the at-fork hook if there is one, and otherwise at the first door that notices the fork. So it must
-not block, log, raise or send anything. The events of it wait for the first use of each pool.
+It runs at the first door that notices the fork. The at-fork hook, if there is one, only severs the sockets
+and keeps alive what the child inherited: every memory page that a child writes to is copied. If the hook
+can't sever all, it takes over at once. So nothing here may block, log, raise or send anything. The events
+wait for the first use of each pool.
 """
 
 from __future__ import annotations
