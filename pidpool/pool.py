@@ -16,6 +16,7 @@ from typing import Any, cast
 from sqlalchemy import exc
 from sqlalchemy.pool import PoolProxiedConnection
 
+from pidpool._sqlalchemy.address import address_of
 from pidpool._sqlalchemy.checked_out import CheckedOutConnection, check_out
 from pidpool._sqlalchemy.entry import PidPoolEntry
 from pidpool._sqlalchemy.queue_pool import HookedQueuePool
@@ -23,7 +24,7 @@ from pidpool.drivers import Driver, Settings
 from pidpool.errors import ForeignCheckoutError
 from pidpool.events import overdue
 from pidpool.events.pool_events import PoolEvents, held_back
-from pidpool.events.user_code import calling_line
+from pidpool.events.user_code import calling_line, forking_lines
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
@@ -106,8 +107,10 @@ class PidPool(HookedQueuePool):
         self.hold_warning = hold_warning
         self._refusal: _Refusal | None = None
         unlimited = pool_size == 0 or max_overflow < 0
-        family = Family(pool_size, -1 if unlimited else max_overflow)
-        self.pool_events = PoolEvents(options.get("logging_name"), logger, family, detection.mark_unreported)
+        family = Family(pool_size, -1 if unlimited else max_overflow, hold_warning)
+        self.pool_events = PoolEvents(
+            options.get("logging_name"), logger, family, detection.mark_unreported, address_of(creator)
+        )
         if fork_state[0] != SETTLED:
             detection.settle()
         super().__init__(
@@ -248,6 +251,20 @@ class PidPool(HookedQueuePool):
 
     # -- at a fork
 
+    @property
+    def lineage(self) -> object:
+        """The same object for a pool and for the successors that `recreate` made of it."""
+        return self.pool_events
+
+    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """Count and log in the parent that a child is forked; runs in the at-fork hook."""
+        forked_at = forking_lines() if idle or checked_out else None
+        self.pool_events.note_fork(at, idle, checked_out, in_transaction, forked_at)
+
+    def look_up_fork(self) -> None:
+        """Look up the line that forked, in the child's at-fork hook."""
+        self.pool_events.forked_at = forking_lines()
+
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace everything that another thread may have held at the fork; may run in the at-fork hook."""
         fork = takeover.fork
@@ -263,6 +280,9 @@ class PidPool(HookedQueuePool):
 
     def _log_takeover(self, takeover: Takeover) -> None:
         fork, connections = takeover.fork, takeover.open_connections()
+        # Without a hook the line that runs now is another one, and the line of an earlier fork may be there.
+        is_known = fork.trigger == "hook" and takeover.connections
+        forked_at = self.pool_events.forked_at if is_known else None
         self.pool_events.pool_adopted(
             fork.at,
             fork.parent_pid,
@@ -271,9 +291,10 @@ class PidPool(HookedQueuePool):
             connections.checked_out,
             connections.in_transaction,
             fork.connects_in_flight,
+            forked_at,
         )
         for tag, state, action, where in takeover.connections:
-            self.pool_events.connection_inherited(fork.at, tag, state, action, where)
+            self.pool_events.connection_inherited(fork.at, tag, state, action, where, forked_at)
 
     def log_waiting_events(self) -> None:
         """Log the events that could not be logged when they happened."""

@@ -4,6 +4,7 @@ beside `_ConnectionRecord` in sqlalchemy/pool/base.py.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -170,8 +171,12 @@ class PidPoolEntry(_ConnectionRecord):
         # Every connect and reconnect of an entry passes here, its first-connect events included. A fork has
         # to wait for all of it: a dialect half initialised by another thread would stay so in the child.
         self.close_reason = "failed"
+        started = time.perf_counter()
         try:
             took = detection.hold_forks_during(super()._ConnectionRecord__connect)  # type: ignore[misc]
+        except BaseException as error:
+            self.pool_events.connection_failed(error, time.perf_counter() - started)
+            raise
         finally:
             self.close_reason = "recycled"
         if self.owned is not None:

@@ -101,7 +101,7 @@ class NoticedFork:
 # -- what the other modules register
 
 _fork_callbacks: list[Callable[[float], None]] = []
-_hook_callbacks: list[Callable[[], bool]] = []
+_hook_callbacks: list[Callable[[bool], bool]] = []
 _child_callbacks: list[Callable[[NoticedFork], None]] = []
 _report_callbacks: list[Callable[[], None]] = []
 
@@ -125,10 +125,11 @@ def register_child_callback(callback: Callable[[NoticedFork], None]) -> None:
     _child_callbacks.append(callback)
 
 
-def register_hook_callback(callback: Callable[[], bool]) -> None:
-    """Have `callback()` called in a child's at-fork hook, to do what can't wait for the first use of a pool.
+def register_hook_callback(callback: Callable[[bool], bool]) -> None:
+    """Have `callback(is_alone)` called in a child's at-fork hook, for what can't wait for a pool's first use.
 
-    It returns whether all the rest can wait. If one can't, the hook deals with the fork at once.
+    `is_alone` is whether the parent noted this fork and had no other thread. The callback returns whether all
+    the rest can wait. If one can't, the hook deals with the fork at once.
     """
     _hook_callbacks.append(callback)
 
@@ -264,7 +265,7 @@ def _after_fork_in_child() -> None:
     _hooked_pid, _hooked_at, _hooked_alone = os.getpid(), time.time(), _forks_alone
     can_wait = True
     for callback in _hook_callbacks:
-        can_wait = callback() and can_wait
+        can_wait = callback(_forks_alone) and can_wait
     if not _forks_alone:
         log_locks.renew(in_hook=True)
     _forks_alone = False

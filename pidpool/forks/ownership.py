@@ -107,7 +107,7 @@ class OwnedConnection:
 
         Does nothing if the descriptor is no longer the socket that was tagged. Descriptor numbers are
         reused, so a number alone proves nothing
-        (tests/forks/test_inherited.py::test_a_reused_descriptor_is_left_alone).
+        (tests/forks/test_sockets.py::test_a_reused_descriptor_is_left_alone).
         """
         if self.is_severed or not (self.sever or even_if_kept) or self.fd is None or self.identity is None:
             return self.is_severed

@@ -32,22 +32,21 @@ from pidpool.tag import ConnectionTag
 from pidpool.terms import SocketAction, StateAtFork
 
 
-class ForkNotes(Protocol):
-    """The events of a pool, as far as a fork is noted there."""
-
-    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
-        """Note in the parent that a child is forked with so many connections open."""
-
-
 class ForkablePool(ReplacingPool, Protocol):
     """A pool, as far as a fork concerns it. All of it may be called inside an at-fork hook but the last."""
 
     @property
-    def pool_events(self) -> ForkNotes:
+    def lineage(self) -> object:
         """The same object for a pool and for the successors that ``recreate()`` made of it."""
 
     def connections_in_queue(self) -> int | None:
         """Return how many connections are idle; None if some are checked out."""
+
+    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """Note in the parent that a child is forked with so many connections open."""
+
+    def look_up_fork(self) -> None:
+        """Look up, in the child's at-fork hook, the line that forked."""
 
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace in the child everything that another thread may have held at the fork."""
@@ -140,38 +139,38 @@ def _state(connection: Any, entry: Entry | None) -> StateAtFork:
 
 def _note_fork(at: float) -> None:
     # Runs in the parent at every fork. As a rule all connections are idle, and none has to be looked at.
-    idle: dict[ForkNotes, int] = {}
+    idle: dict[object, int] = {}
+    noting: dict[object, ForkablePool] = {}
     left = len(owned_connections)
-    for reference in _pools.copy().values():
-        pool = reference()
-        if pool is None:
-            continue
+    for pool in pools():
         queued = pool.connections_in_queue()
         if queued is None or detached_connections:
             _look_and_note_fork(at)
             return
         left -= queued
-        events = pool.pool_events
-        idle[events] = idle.get(events, 0) + queued
+        lineage = pool.lineage
+        idle[lineage] = idle.get(lineage, 0) + queued
+        noting[lineage] = pool
     if left:  # an entry without a connection, or a connection that no pool has
         _look_and_note_fork(at)
         return
-    for events, number in idle.items():
-        events.note_fork(at, number, 0, 0)
+    for lineage, pool in noting.items():
+        pool.note_fork(at, idle[lineage], 0, 0)
 
 
 def _look_and_note_fork(at: float) -> None:
-    noted = {pool.pool_events: OpenConnections() for pool in pools()}
+    noting = {pool.lineage: (pool, OpenConnections()) for pool in pools()}
     for owned in list(owned_connections.values()):
         connection = owned.connection()
         entry, _, pool = _holders(owned)
         if connection is not None and pool is not None:
-            noted.setdefault(pool.pool_events, OpenConnections()).add(_state(connection, entry))
-    for events, connections in noted.items():
-        events.note_fork(at, connections.idle, connections.checked_out, connections.in_transaction)
+            _, connections = noting.setdefault(pool.lineage, (pool, OpenConnections()))
+            connections.add(_state(connection, entry))
+    for pool, connections in noting.values():
+        pool.note_fork(at, connections.idle, connections.checked_out, connections.in_transaction)
 
 
-def _sever_at_once() -> bool:
+def _sever_at_once(is_alone: bool) -> bool:
     """Do in the child's at-fork hook what can't wait; return whether the rest can.
 
     The server's sessions must end with their owner, whatever this process does. And nothing that it
@@ -182,6 +181,8 @@ def _sever_at_once() -> bool:
         return True
     for pool in pools():
         severing.pin(pool)
+        if not is_alone:  # the parent has looked it up for another thread's fork, or not at all
+            pool.look_up_fork()
     severing.pin(owned_connections)
     # No pool keeps a connection that was detached from it.
     return ownership.sever_all() and not detached_connections

@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from pidpool.stats import process, process_counters
+from pidpool.stats import error_types, process, process_counters
+from pidpool.stats.error_types import ErrorTypes
 from pidpool.stats.process_counters import (
     ENDED,
     GENERATION,
@@ -46,7 +47,8 @@ _MAX_SLOTS = 1024
 # -- the head of the memory, in cells behind the lock
 
 _BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 5)
-_DEPARTED = LOCK_SIZE // 8 + 8
+_ERROR_TYPES = LOCK_SIZE // 8 + 8
+_DEPARTED = _ERROR_TYPES + error_types.CELLS
 """Two buffers for the sums of the departed. The low bit of the flip count selects the valid buffer. The next
 sums are made in the other buffer, so a process that is killed meanwhile has changed nothing."""
 
@@ -68,10 +70,11 @@ class Family:
 
     :param size: the pool's ``pool_size``.
     :param max_overflow: the pool's ``max_overflow``.
+    :param hold_warning: the pool's ``hold_warning``, in seconds.
     """
 
-    def __init__(self, size: int, max_overflow: int) -> None:
-        self._limits = PoolLimits(size, max_overflow)
+    def __init__(self, size: int, max_overflow: int, hold_warning: float | None = None) -> None:
+        self._limits = PoolLimits(size, max_overflow, hold_warning)
         limited = size and max_overflow >= 0
         # Twice the pool's maximum: a disposed pool may have checkouts while its successor is full.
         self._slots = min(2 * (size + max_overflow), _MAX_SLOTS) + 1 if limited else _MAX_SLOTS
@@ -85,6 +88,8 @@ class Family:
             memory = mmap.mmap(-1, (_FIRST_BLOCK + self.block_cells) * 8)
         self._cells = memoryview(memory).cast("Q")
         self._lock = RobustLock(memory)
+        self.error_types = ErrorTypes(self._cells[_ERROR_TYPES:_DEPARTED], self._lock)
+        """The names of the errors with which connects failed."""
         self._looked_at: tuple[int, int] | None = None
         # The same in every process of the family, until one executes another program.
         self._stack = process.own_stack()
@@ -195,7 +200,9 @@ class Family:
             departed=departed[_COUNT] + len(processes) - len(listed),
             unlisted=self._cells[_UNLISTED],
             server_max_connections=self.server_max_connections,
-            counters=process_counters.counters(process_counters.add_blocks([departed[3:].tolist(), *sums])),
+            counters=process_counters.counters(
+                process_counters.add_blocks([departed[3:].tolist(), *sums]), self.error_types.names()
+            ),
         )
 
     def read_own(self, own: ProcessCounters, name: str) -> PoolStats:
@@ -209,7 +216,15 @@ class Family:
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
-        return process_counters.pool_stats(cells, sums, name, self._limits, alive=alive, thread_names=names)
+        return process_counters.pool_stats(
+            cells,
+            sums,
+            name,
+            self._limits,
+            alive=alive,
+            thread_names=names,
+            errors=self.error_types.names(),
+        )
 
     def _is_alive(self, block: memoryview) -> bool:
         """Return whether the process of a block still runs, and still has the pool."""

@@ -19,12 +19,13 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
+from pidpool.stats import error_types
 from pidpool.stats.snapshots import BOUNDS, ConnectionStats, Counters, Histogram, PoolStats
 from pidpool.tag import ConnectionTag
 from pidpool.terms import CLOSE_REASONS, STATES_AT_FORK, TRIGGERS, CloseReason, StateAtFork, Trigger
@@ -61,13 +62,16 @@ class Count(IntEnum):
     REPLACED = 12
     REFUSED = 13
     FORKS = 14
+    OVERDUE = 15
 
 
 _FORKS = int(Count.FORKS)
 _CLOSED = max(Count) + 1
 _INHERITED = _CLOSED + len(CLOSE_REASONS)
 _ADOPTIONS = _INHERITED + len(STATES_AT_FORK)
-_CREATE = _ADOPTIONS + len(TRIGGERS)
+_FAILED = _ADOPTIONS + len(TRIGGERS)
+"""A cell for each number of `ErrorTypes`."""
+_CREATE = _FAILED + error_types.MOST + 1
 _CREATE_SUM = _CREATE + _BUCKETS
 HEAD_CELLS = _CREATE_SUM + 1
 
@@ -174,6 +178,10 @@ class ProcessCounters:
         """Count that this process took the pool over."""
         self._add(_ADOPTIONS + TRIGGERS.index(trigger))
 
+    def add_failed(self, error_type: int) -> None:
+        """Count a connect that failed, by the number that `ErrorTypes` has for its error's class."""
+        self._add(_FAILED + error_type)
+
     def add_opened(self, create_time: int) -> None:
         """Count a connection that took `create_time` nanoseconds to open."""
         if not self._is_of_this_process():
@@ -276,6 +284,8 @@ class PoolLimits:
 
     size: int
     max_overflow: int
+    hold_warning: float | None = None
+    """Seconds after which a checkout is overdue."""
 
 
 def copy_block(cells: memoryview) -> memoryview:
@@ -301,11 +311,13 @@ def pool_stats(
     *,
     alive: bool,
     thread_names: Mapping[int, str],
+    errors: Sequence[str],
 ) -> PoolStats:
     """Return the snapshot of one process.
 
     :param cells: a copy of its block.
     :param sums: what `sum_slots` made of that copy.
+    :param errors: the names of `ErrorTypes`.
     """
     at, now = time.time(), time.perf_counter_ns()
     connections = []
@@ -341,6 +353,10 @@ def pool_stats(
                 thread_name=None if thread is None else thread_names.get(thread),
             )
         )
+    overdue = None
+    if limits.hold_warning is not None:
+        held = [each.in_state for each in connections if each.state == "used"]
+        overdue = sum(seconds >= limits.hold_warning for seconds in held) if alive else 0
     return PoolStats(
         pool=name,
         pid=cells[PID],
@@ -353,7 +369,8 @@ def pool_stats(
         idle=sum(each.thread_id is None for each in connections) + beyond_idle if alive else 0,
         used=used if alive else 0,
         waiting=cells[WAITING] if alive else 0,
-        counters=counters(sums),
+        overdue=overdue,
+        counters=counters(sums, errors),
         connections=tuple(connections) if alive else (),
     )
 
@@ -370,12 +387,18 @@ def add_blocks(sums: list[list[int]]) -> list[int]:
     return [*map(sum, zip(*sums, strict=True))]
 
 
-def counters(sums: list[int]) -> Counters:
-    """Return the counts as a snapshot, from `sum_slots` or `add_blocks`."""
+def counters(sums: list[int], errors: Sequence[str]) -> Counters:
+    """Return the counts as a snapshot, from `sum_slots` or `add_blocks`.
+
+    :param errors: the names of `ErrorTypes`.
+    """
     slot = sums[HEAD_CELLS:]
+    failed = dict(zip(errors, sums[_FAILED:_CREATE], strict=False))
+    failed[error_types.OTHER] = sums[_FAILED + error_types.MOST]
     create, wait, use = sums[_CREATE:_CREATE_SUM], slot[WAIT:WAIT_SUM], slot[USE:USE_SUM]
     return Counters(
         opened=sum(create),
+        failed={name: count for name, count in failed.items() if count},
         closed=dict(zip(CLOSE_REASONS, sums[_CLOSED:], strict=False)),
         checkouts=sum(wait),
         checkins=sum(use),
@@ -388,6 +411,7 @@ def counters(sums: list[int]) -> Counters:
         refused=sums[Count.REFUSED],
         adoptions=dict(zip(TRIGGERS, sums[_ADOPTIONS:], strict=False)),
         forks=sums[Count.FORKS],
+        overdue=sums[Count.OVERDUE],
         create_time=Histogram(tuple(create), sums[_CREATE_SUM] / 1e9),
         wait_time=Histogram(tuple(wait), slot[WAIT_SUM] / 1e9),
         use_time=Histogram(tuple(use), slot[USE_SUM] / 1e9),

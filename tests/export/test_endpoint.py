@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +24,7 @@ from forking import How, run_in_child
 from parent import server_pid
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import QueuePool
+from waiting import until
 
 from pidpool import AsyncPidPool, PidPool, StatsApp
 
@@ -195,9 +195,11 @@ def test_asking_opens_no_connection_and_waits_for_none(
         waiting = threading.Thread(target=lambda: engine.connect().close())
         waiting.start()
         try:
-            deadline = time.monotonic() + 20
-            while not (family := json.loads(ask(app, "/stats.json").text)["pools"][0])["waiting"]:
-                assert time.monotonic() < deadline
+            until(
+                lambda: json.loads(ask(app, "/stats.json").text)["pools"][0]["waiting"],
+                "the thread does not wait",
+            )
+            (family,) = json.loads(ask(app, "/stats.json").text)["pools"]
             for path in PATHS:
                 ask(app, path)
             assert (family["used"], family["idle"], family["waiting"]) == (1, 0, 1)

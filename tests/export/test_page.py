@@ -91,6 +91,7 @@ def test_the_family_is_a_tree_of_processes_and_their_connections(
     assert "made the pool" in browser.text(f"{parent} > .card")
     assert "forked by 41" in browser.text(f"{child} > .card")
     assert "has ended" in browser.text(f"{ended} > .card")
+    assert "connects failed: 2 OperationalError" in browser.text(f"{parent} > .card")
     chips = browser.run(
         "[...document.querySelectorAll(arguments[0])].map(chip => chip.innerText)", f"{parent} > .card .chip"
     )
@@ -106,7 +107,7 @@ def test_the_family_is_a_tree_of_processes_and_their_connections(
     )
     assert dict(tiles) == {
         "used": "1", "idle": "2", "waiting": "3", "processes": "2",
-        "checkouts": "39", "opened": "3", "timeouts": "1", "leaks": "1",
+        "checkouts": "39", "opened": "3", "failed": "2", "timeouts": "1", "overdue": "1", "leaks": "1",
     }  # fmt: skip
     assert "3 connections open, 30 at most; the server allows 100" in browser.text(".capacity")
 

@@ -71,7 +71,7 @@ def test_nothing_of_many_forks_stays_in_the_parent(tls_url: str, make_engine: Ma
         engine.dispose()
 
     def settle() -> None:
-        # The parent's own next use, which tells of the forks.
+        # The parent's own next use, which logs the forks.
         pool.status()
         gc.collect()
 

@@ -118,6 +118,68 @@ def test_a_fork_in_a_transaction_is_a_leak_with_its_owner_and_what_was_done(
     assert "in transaction; severed, then refused" in text
 
 
+TWO_PLACES = """
+    engine = engine()
+
+    def use():
+        engine.connect().close()
+        engine.dispose()
+
+    def send_mail():
+        fork(use)
+
+    def resize_image():
+        for i in range(2):
+            fork(use)
+
+    def fork_alone():
+        fork(lambda: None)
+
+    session = Session(engine)
+    session.execute(text("select 1"))
+    send_mail()
+    session.commit()
+    resize_image()
+    session.execute(text("select 1"))
+    fork_alone()
+    session.close()
+    engine.dispose()
+    """
+
+
+def test_leaks_are_grouped_by_the_line_that_forked(
+    postgres: EmbeddedPostgres, clean_log: None, log: Path
+) -> None:
+    event_logs.run(TWO_PLACES, log, postgres.url(tls=True))
+    found = as_json(log)
+    by_caller = {
+        each["fork_line"].split(" < ")[1].rpartition(" in ")[2]: (
+            each["leaks"],
+            each["open_transaction_leaks"],
+        )
+        for each in found["fork_lines"]
+    }
+    assert by_caller == {"fork_alone": (1, 1), "send_mail": (1, 1), "resize_image": (2, 0)}
+    assert {each["fork_line"].split(" < ")[0].rpartition(" in ")[2] for each in found["fork_lines"]} == {
+        "fork"
+    }
+    assert [leak["fork_line"].split(" < ")[1].rpartition(" in ")[2] for leak in found["leaks"]] == [
+        "send_mail",
+        "resize_image",
+        "resize_image",
+    ]
+    (unmatched,) = found["unmatched_forks"]
+    assert "fork_alone" in unmatched["fork_line"]
+    shown = logs(log).output
+    assert "Connections that crossed a fork, by the line that forked" in shown
+    assert re.search(
+        r" 1×  1 with an open transaction\n +<string>:\d+ in fork\n +called at <string>:\d+ in send_mail\n",
+        shown,
+    )
+    assert re.search(r" 2×\n +<string>:\d+ in fork\n +called at <string>:\d+ in resize_image\n", shown)
+    assert re.search(r"pid \d+ → a child.*\n.*\n +forked at <string>:\d+ in fork\n", shown)
+
+
 def test_a_fork_whose_child_never_uses_the_pool_is_known_from_the_parents_log(
     postgres: EmbeddedPostgres, clean_log: None, log: Path
 ) -> None:
@@ -192,9 +254,13 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
     connection.invalidate()
     connection.close()
     engine.dispose()
+    try:
+        create_engine("sqlite:////nowhere/app.db", poolclass=PidPool).connect()
+    except exc.OperationalError:
+        pass
     """
     event_logs.run(program, log, postgres.url(tls=True))
-    known = {json.loads(line)["event"] for line in log.read_text().splitlines()}
+    known = {each["event"] for each in event_logs.read(log)}
     assert known == summary.Summary()._takes.keys() - {"connection.refused", "pool.over_maximum"}
     found = as_json(log)
     assert found["foreign_lines"] == 0
@@ -262,6 +328,19 @@ def test_a_pool_that_may_have_more_connections_than_its_server_takes_is_named(lo
     assert "app: 4 processes, 60 connections at most; the server takes 40" in shown
     (line,) = followed_lines([event("pool.over_maximum", 10, 3, **over)])
     assert "pool.over_maximum  processes=4  maximum=60  server_max_connections=40" in line
+
+
+def test_connects_that_failed_are_counted_by_their_error(log: Path) -> None:
+    failed = [
+        event("connection.failed", 10, at, error=error, create_time=0.2)
+        for at, error in ((1, "OperationalError"), (2, "OperationalError"), (3, "TimeoutError"))
+    ]
+    write(log, [*a_log_of(10), *failed])
+    assert as_json(log)["totals"]["failed"] == {"OperationalError": 2, "TimeoutError": 1}
+    shown = " ".join(logs(log).output.split())
+    assert "2 connects failed (OperationalError)" in shown
+    (line,) = followed_lines(failed[2:])
+    assert "pid 10  connection.failed  error=TimeoutError  create_time=0.2" in line
 
 
 # -- the tree

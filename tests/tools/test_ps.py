@@ -28,6 +28,7 @@ from forking import run_in_child
 from parent import bytes_on_the_wire, server_pid
 from sqlalchemy import NullPool, QueuePool, create_engine, text
 from terminal import Terminal
+from waiting import until
 
 from pidpool import tag_of
 from pidpool.cli import ps
@@ -44,13 +45,6 @@ PROGRAMS = Path(__file__).parent.parent / "programs"
 
 PR_SET_DUMPABLE, PR_SET_NAME = 4, 15
 prctl = ctypes.CDLL(None).prctl
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 class Family:
@@ -527,7 +521,7 @@ def test_the_questions_application_under_gunicorn(
         with engine.connect() as connection:
             return bool(connection.scalar(sessions) == 0)
 
-    until(gone)
+    until(gone, "the sessions of the server's clients don't end", interval=0.05)
 
 
 @pytest.mark.usefixtures("clean_log")

@@ -45,6 +45,7 @@ def process(pid: int, parent_pid: int | None = None, **fields: Any) -> PoolStats
         "idle": 1,
         "used": 1,
         "waiting": 0,
+        "overdue": None,
         "counters": Counters(opened=2, checkouts=10, wait_time=histogram(b2=10)),
         "connections": (),
     }

@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from pidpool.export.endpoint.answers import Answer, Request
 from pidpool.export.endpoint.asgi import AsgiApp
-from pidpool.export.endpoint.families import Families
 from pidpool.export.endpoint.guards import HostGuard, TokenGuard
+from pidpool.export.families import Families
 from pidpool.stats.snapshots import BOUNDS
 from pidpool.terms import OPEN_STATES
 

@@ -176,6 +176,7 @@ function announce(pools) {
   announced = now;
 }
 
+const failedOf = ({ failed }) => Object.values(failed).reduce((sum, count) => sum + count, 0);
 let openStates = []; // the states at the fork that count as leaks, from stats.json
 const leaksOf = ({ inherited }) => openStates.reduce((sum, state) => sum + (inherited[state] ?? 0), 0);
 
@@ -192,14 +193,16 @@ function showPool(section, pool, bounds) {
     alive: pool.alive,
     checkouts: pool.counters.checkouts,
     opened: pool.counters.opened,
+    failed: failedOf(pool.counters),
     timeouts: pool.counters.timeouts,
+    overdue: pool.overdue, // null without a hold_warning
     leaks: leaksOf(pool.counters),
   };
   for (const tile of section.querySelectorAll("[data-tile]")) {
     const name = tile.dataset.tile;
     const value = figures[name];
-    set(tile.querySelector("dd"), value < 10000 ? whole.format(value) : short.format(value));
-    tile.classList.toggle("alarm", ["waiting", "timeouts", "leaks"].includes(name) && value > 0);
+    set(tile.querySelector("dd"), value === null ? "–" : value < 10000 ? whole.format(value) : short.format(value));
+    tile.classList.toggle("alarm", ["waiting", "failed", "timeouts", "overdue", "leaks"].includes(name) && value > 0);
   }
   showCapacity(section.querySelector(".capacity"), pool);
   showCharts(section, pool, bounds);
@@ -280,10 +283,15 @@ function showProcess(element, process, pool) {
 function historyOf(counters) {
   const inherited = Object.entries(counters.inherited).filter(([, count]) => count);
   const parts = [[counters.checkouts, "checkouts"], [counters.opened, "opened"], [counters.timeouts, "timeouts"],
+    [counters.overdue, "overdue"],
     [counters.invalidations, "invalidated"], [counters.forks, "forks"], [counters.severed, "severed"],
     [counters.kept, "kept"], [counters.replaced, "replaced"], [counters.refused, "refused"]]
     .filter(([count, name]) => count || name === "checkouts")
     .map(([count, name]) => `${whole.format(count)} ${name}`);
+  const failed = Object.entries(counters.failed).filter(([, count]) => count);
+  if (failed.length) {
+    parts.push(`connects failed: ${failed.map(([error, count]) => `${whole.format(count)} ${error}`).join(", ")}`);
+  }
   if (inherited.length) {
     parts.push(`inherited ${inherited.map(([state, count]) => `${whole.format(count)} ${state}`).join(", ")}`);
   }

@@ -271,4 +271,4 @@ def _close_in_child(fork: detection.NoticedFork) -> None:
 
 
 detection.register_child_callback(_close_in_child)
-detection.register_hook_callback(lambda: not _servers)  # an inherited port can't wait
+detection.register_hook_callback(lambda is_alone: not _servers)  # an inherited port can't wait

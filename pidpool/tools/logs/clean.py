@@ -16,6 +16,9 @@ from pidpool.tools.logs import event_fields
 LONGEST = 300
 """Characters that are kept of a value; a path with its function is shorter."""
 
+LONGEST_FORK_LINE = 4 * LONGEST
+"""Of the line that forked, with its callers."""
+
 MOST_OWN_FIELDS = 6
 """How many of the user's own fields are kept of one event."""
 
@@ -44,12 +47,12 @@ def clean(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest and not cut_off else text[: longest - 1] + "…"
 
 
-def cleaned(value: object) -> str | None:
+def cleaned(value: object, longest: int = LONGEST) -> str | None:
     """Return a field's value as text that is safe to show; None for None."""
     if value is None:
         return None
     try:
-        return clean(value if isinstance(value, str) else json.dumps(value))
+        return clean(value if isinstance(value, str) else json.dumps(value), longest)
     except RecursionError:
         return "…"  # nested a thousand times
 

@@ -7,16 +7,18 @@ which there was no room.
 
 ``schema``, ``files``, ``lines``, ``events``, ``foreign_lines``, ``first_at``, ``last_at``
 ``open_transaction_leaks``: the number that ``--check`` looks at
-``totals``: opened, closed (by reason), checkouts, checkins, invalidations, timeouts, overdue,
-    returned_late, forks, inherited (by state), severed, kept, replaced, refused, disposed
+``totals``: opened, failed (by error), closed (by reason), checkouts, checkins, invalidations, timeouts,
+    overdue, returned_late, forks, inherited (by state), severed, kept, replaced, refused, disposed
 ``processes``: id, pid, parent (an id), forked_at, noticed_by, connects_in_flight, first_at, last_at, pools,
     the totals of the process, wait and use (count, sum, max), create_time_max, connections_left_out and its
     connections: connection_id, pool, fd, server_pid, opened_at, create_time, checkouts, checkins, wait, use,
     invalidations, closed_at, closed_reason, out_since
 ``leaks``: at, owner and inheritor (ids), owner_pid, pid, connection_id, pool, fd, server_pid, state, action,
-    open_transaction, where, refused, replaced_by, replaced_by_server_pid, fields (the user's own)
-``unmatched_forks``: at, owner (an id), pool, idle, checked_out, in_transaction: forks that the parent logged
-    and no child; their connections in a transaction are counted in open_transaction_leaks too
+    open_transaction, where, fork_line, refused, replaced_by, replaced_by_server_pid, fields (the user's own)
+``fork_lines``: fork_line (the line of code that forked, with its callers; null means "not known"), leaks,
+    open_transaction_leaks: of all forks of that line; those with most leaks first
+``unmatched_forks``: at, owner (an id), pool, fork_line, idle, checked_out, in_transaction: forks that the
+    parent logged and no child; their connections in a transaction are counted in open_transaction_leaks too
 ``longest_waits``, ``longest_holds``: seconds, at, process, connection_id, pool, where, fields
 ``not_returned``: process, connection_id, pool, server_pid, since, seconds, where
 ``timeouts``: at, process, pool, seconds, size, overflow, checked_out, fields; the newest
@@ -32,7 +34,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pidpool.terms import SOCKET_ACTIONS
-from pidpool.tools.logs.findings import Leak, OverMaximum, Place, Timeout, Wait
+from pidpool.tools.logs.findings import ForkLine, Leak, OverMaximum, Place, Timeout, Wait
 from pidpool.tools.logs.processes import Connection, Process, Use
 from pidpool.tools.logs.reading import Source
 from pidpool.tools.logs.summary import Summary
@@ -62,6 +64,7 @@ def document(summary: Summary, sources: Sequence[Source], top: int = 10) -> dict
         "totals": totals(summary),
         "processes": [_process(process) for process in processes],
         "leaks": [_leak(leak) for leak in summary.leaks],
+        "fork_lines": [_fork_line(line) for line in summary.fork_lines()],
         "unmatched_forks": [_unmatched(fork) for fork in summary.unmatched.listed()],
         "longest_waits": [_longest(wait) for wait in summary.waits.first(top)],
         "longest_holds": [_longest(hold) for hold in summary.holds.first(top)],
@@ -114,6 +117,7 @@ def _counts(process: Process) -> dict[str, Any]:
     return {
         **_fields(process, names),
         **_fields(process.use(), "checkouts checkins"),
+        "failed": dict(process.failed),
         "closed": dict(process.closed),
         "inherited": dict(process.inherited),
     }
@@ -153,7 +157,7 @@ def _connection(connection: Connection) -> dict[str, Any]:
 
 def _leak(leak: Leak) -> dict[str, Any]:
     return {
-        **_fields(leak, "at owner_pid pid state action where"),
+        **_fields(leak, "at owner_pid pid state action where fork_line"),
         "owner": leak.owner.id,
         "inheritor": leak.inheritor.id,
         **_fields(leak.connection, "connection_id pool fd server_pid"),
@@ -163,7 +167,11 @@ def _leak(leak: Leak) -> dict[str, Any]:
 
 
 def _unmatched(fork: UnmatchedFork) -> dict[str, Any]:
-    return {**_fields(fork, "at pool idle checked_out in_transaction"), "owner": fork.owner.id}
+    return {**_fields(fork, "at pool fork_line idle checked_out in_transaction"), "owner": fork.owner.id}
+
+
+def _fork_line(line: ForkLine) -> dict[str, Any]:
+    return {"fork_line": line.line, "leaks": line.crossed, "open_transaction_leaks": line.open}
 
 
 def _longest(wait: Wait) -> dict[str, Any]:

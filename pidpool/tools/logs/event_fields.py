@@ -12,7 +12,7 @@ PIDPOOL = frozenset(
         *("pool", "pid", "at"),
         *("connection_id", "owner_pid", "fd", "socket_inode", "server_pid", "opened_at"),
         *("create_time", "wait_time", "use_time", "reason", "soft", "error"),
-        *("size", "overflow", "checked_out", "held", "hold_warning", "where"),
+        *("size", "overflow", "checked_out", "held", "hold_warning", "where", "forked_at"),
         *("idle", "in_transaction", "state", "action", "by", "by_server_pid"),
         *("parent_pid", "trigger", "connects_in_flight", "closed"),
         *("processes", "maximum", "server_max_connections"),

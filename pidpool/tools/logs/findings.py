@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pidpool.terms import OPEN_STATES, SOCKET_ACTIONS, STATES_AT_FORK, StateAtFork
-from pidpool.tools.logs.clean import cleaned, own_fields
+from pidpool.tools.logs.clean import LONGEST_FORK_LINE, cleaned, own_fields
 from pidpool.tools.logs.processes import Connection, Process, name_of
 
 Event = Mapping[str, Any]
@@ -19,7 +19,7 @@ class Leak:
     """A connection that was open in another process than its owner's: one `connection.inherited`."""
 
     __slots__ = ("at", "owner", "inheritor", "connection", "owner_pid", "pid", "state", "action", "where",
-                 "replaced_by", "replaced_by_server_pid", "refused", "fields")  # fmt: skip
+                 "fork_line", "replaced_by", "replaced_by_server_pid", "refused", "fields")  # fmt: skip
 
     def __init__(self, event: Event, connection: Connection, inheritor: Process) -> None:
         self.at: float = event["at"]
@@ -33,6 +33,7 @@ class Leak:
         self.state: StateAtFork = state if state in STATES_AT_FORK else "unknown"
         self.action: str = action if action in SOCKET_ACTIONS else name_of(action)
         self.where = cleaned(event.get("where"))
+        self.fork_line = fork_line_of(event)
         self.replaced_by: str | None = None
         self.replaced_by_server_pid: int | None = None
         self.refused = False
@@ -121,6 +122,27 @@ class OverMaximum(NamedTuple):
     processes: int | None
     maximum: int | None
     server_max_connections: int | None
+
+
+class ForkLine:
+    """The connections that crossed the forks of one line of code."""
+
+    def __init__(self, line: str | None) -> None:
+        self.line = line
+        """With its callers, as the field `forked_at` has it; None if the log does not name it."""
+        self.crossed = 0
+        self.open = 0
+        """How many of them had a transaction open, or perhaps open."""
+
+    def add(self, crossed: int, open_ones: int) -> None:
+        """Count connections in."""
+        self.crossed += crossed
+        self.open += open_ones
+
+
+def fork_line_of(event: Event) -> str | None:
+    """Return the line that forked, with its callers; None if the event does not name it."""
+    return cleaned(event.get("forked_at"), LONGEST_FORK_LINE)
 
 
 class Place:

@@ -104,15 +104,16 @@
         ["owner", `pid ${lanes[leak.owner].id}`], ["inherited by", `pid ${lanes[leak.inheritor].id}`],
         ["at", moment(leak.at)], ["state", leak.state], ["done", leak.outcome],
         ["descriptor", known(leak.fd)], ["server pid", known(leak.serverPid)], ["pool", leak.pool],
-        ["checked out at", leak.where], ...Object.entries(leak.fields),
+        ["checked out at", leak.where], ["forked at", leak.forkLine], ...Object.entries(leak.fields),
       ], { leak, place: Math.min(place, 7) });
   });
-  const unmatchedMarks = data.unmatchedForks.map(([owner, at, pool, idle, checkedOut, inTransaction, state]) => {
+  const unmatchedMarks = data.unmatchedForks.map(([owner, at, pool, idle, checkedOut, inTransaction, state, forkLine]) => {
     const open = inTransaction > 0;
     return mark(owner, "leak", at, at,
       `${count(idle + checkedOut, "connection")} crossed a fork${open ? `, ${number(inTransaction)} with an open transaction` : ""}`, [
         ["owner", `pid ${lanes[owner].id}`], ["inherited by", "a child without events"], ["at", moment(at)],
         ["in transaction", inTransaction], ["no transaction", checkedOut - inTransaction], ["idle", idle], ["pool", pool],
+        ["forked at", forkLine],
       ], { leak: { owner, inheritor: null, open, state }, place: -1 });
   });
 
@@ -377,11 +378,23 @@
   byId("leaks-title").textContent = data.leakCount
     ? `${count(data.leakCount, "connection")} crossed a fork, ${number(data.openLeakCount)} with an open transaction`
     : "No connection crossed a fork";
+  if (data.forkLines.some(([line]) => line !== null)) {
+    const table = put(byId("fork-lines"), "table");
+    const head = put(put(table, "thead"), "tr");
+    for (const name of ["forked at", "leaks", "with an open transaction"]) put(head, "th", { scope: "col" }, name);
+    const body = put(table, "tbody");
+    for (const [line, leaks, open] of data.forkLines) {
+      const row = put(body, "tr");
+      put(row, "td", { "data-name": "forked at" }, line === null ? "an unknown line" : line);
+      put(row, "td", { "data-name": "leaks" }, number(leaks));
+      put(row, "td", { "data-name": "with an open transaction", class: open ? "state open" : "" }, number(open));
+    }
+  }
   const listed = [...leakMarks, ...unmatchedMarks];
   if (listed.length) {
     const table = put(byId("leak-list"), "table");
     const head = put(put(table, "thead"), "tr");
-    const COLUMNS = ["at", "owner", "inherited by", "descriptor", "server pid", "state", "done", "checked out at"];
+    const COLUMNS = ["at", "owner", "inherited by", "descriptor", "server pid", "state", "done", "checked out at", "forked at"];
     for (const name of ["connection", ...COLUMNS]) put(head, "th", { scope: "col" }, name);
     const body = put(table, "tbody");
     for (const one of listed) {

@@ -103,9 +103,11 @@ def _data(summary: Summary, sources: Sequence[Source]) -> dict[str, Any]:
                 fork.checked_out,
                 fork.in_transaction,
                 fork.state,
+                fork.fork_line,
             ]
             for fork in unmatched
         ],
+        "forkLines": [[each.line, each.crossed, each.open] for each in summary.fork_lines()],
         "timeouts": timeouts,
         "leftOut": _left_out(summary, sums, len(shown), len(bars), crossed, len(timeouts)),
     }
@@ -179,6 +181,7 @@ def _leak(leak: Leak, lanes: dict[int, int]) -> dict[str, Any]:
         "open": leak.open,
         "outcome": leak.outcome,
         "where": leak.where,
+        "forkLine": leak.fork_line,
         "fields": leak.fields,
     }
 

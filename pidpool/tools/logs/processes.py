@@ -119,6 +119,8 @@ class Process:
         self.highest = 0
         self.highest_opened_at = 0.0
         self.opened = 0
+        self.failed: dict[str, int] = {}
+        """Connects that failed, by the class of the error."""
         self.create_max = 0.0
         self.closed: dict[str, int] = {}
         self.invalidations = 0

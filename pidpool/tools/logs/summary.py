@@ -13,12 +13,14 @@ from pidpool.terms import OPEN_STATES, SOCKET_ACTIONS, StateAtFork, Trigger
 from pidpool.tools.logs.clean import cleaned, own_fields
 from pidpool.tools.logs.findings import (
     Event,
+    ForkLine,
     Leak,
     Longest,
     OverMaximum,
     Place,
     Timeout,
     Wait,
+    fork_line_of,
 )
 from pidpool.tools.logs.processes import Connection, Process, Processes, moment, name_of, seconds, whole
 from pidpool.tools.logs.unmatched import UnmatchedFork, UnmatchedForks
@@ -28,7 +30,7 @@ MOST_LEAKS = 10_000
 
 MOST_TIMEOUTS = 1_000
 MOST_PLACES = 1_000
-"""Lines of code whose overdue checkouts are kept apart."""
+"""Lines of code whose overdue checkouts, and whose leaks, are kept apart."""
 
 _MOST_OVER_MAXIMUM = 100
 
@@ -59,6 +61,8 @@ class Summary:
         self.leaks_left_out = 0
         self.leaks_by_state: dict[StateAtFork, int] = {}
         self.leaks_by_action: dict[str, int] = {}
+        self._fork_lines: dict[str | None, ForkLine] = {}
+        """Without the unmatched forks."""
         self.unmatched = UnmatchedForks(self.processes.others)
         self.timeouts: deque[Timeout] = deque(maxlen=MOST_TIMEOUTS)
         """The newest."""
@@ -75,6 +79,7 @@ class Summary:
         self._kept_leaks = {True: 0, False: 0}  # by Leak.open
         self._takes: dict[str, Callable[[Event], None]] = {
             "connection.opened": self._opened,
+            "connection.failed": self._connect_failed,
             "connection.checked_out": self._checked_out,
             "connection.checked_in": self._checked_in,
             "connection.invalidated": self._invalidated,
@@ -101,6 +106,17 @@ class Summary:
     def crossed(self) -> int:
         """How many connections crossed a fork."""
         return sum(self.leaks_by_state.values()) + self.unmatched.connections
+
+    def fork_lines(self) -> list[ForkLine]:
+        """Return the lines of code that forked with connections open: those with most leaks first."""
+        found: dict[str | None, ForkLine] = {}
+        for line in self._fork_lines.values():
+            found.setdefault(line.line, ForkLine(line.line)).add(line.crossed, line.open)
+        for fork in (*self.unmatched.listed(), self.unmatched.left_out):
+            if fork.connections:
+                line = found.setdefault(fork.fork_line, ForkLine(fork.fork_line))
+                line.add(fork.connections, fork.in_transaction)
+        return sorted(found.values(), key=lambda line: (-line.open, -line.crossed, line.line or ""))
 
     def feed(self, events: Iterable[Event]) -> list[Event]:
         """Take events, and return those that are worth a line while a log is followed."""
@@ -183,6 +199,12 @@ class Summary:
         process.opened += 1
         process.create_max = max(process.create_max, create_time)
 
+    def _connect_failed(self, event: Event) -> None:
+        seconds(event["create_time"])
+        error = name_of(event["error"])
+        failed = self._process_of(event).failed
+        failed[error] = failed.get(error, 0) + 1
+
     def _invalidated(self, event: Event) -> None:
         connection = self._own(event)
         connection.invalidations += 1
@@ -261,7 +283,7 @@ class Summary:
 
     def _forked(self, event: Event) -> None:
         process = self._process_of(event)
-        fork = UnmatchedFork(event["at"], process, cleaned(event["pool"]))
+        fork = UnmatchedFork(event["at"], process, cleaned(event["pool"]), fork_line_of(event))
         fork.add(*(_number(event[name]) for name in ("idle", "checked_out", "in_transaction")))
         process.forks += 1
         self.unmatched.add_fork(fork)
@@ -291,6 +313,10 @@ class Summary:
         self.leaks_by_state[leak.state] = self.leaks_by_state.get(leak.state, 0) + 1
         action = leak.action if leak.action in SOCKET_ACTIONS else "other"
         self.leaks_by_action[action] = self.leaks_by_action.get(action, 0) + 1
+        line = leak.fork_line
+        if line not in self._fork_lines and len(self._fork_lines) >= MOST_PLACES:
+            line = None
+        self._fork_lines.setdefault(line, ForkLine(line)).add(1, leak.open)
         if self._kept_leaks[leak.open] >= MOST_LEAKS:
             self.leaks_left_out += 1
             return
@@ -385,6 +411,7 @@ def _number(value: object) -> int:
 
 NOTABLE = frozenset(
     [
+        "connection.failed",
         "connection.inherited",
         "connection.replaced",
         "connection.refused",

@@ -30,6 +30,7 @@ MOST_PROCESSES = 40
 MOST_CONNECTIONS = 5
 """Of one process."""
 MOST_LEAKS = 20
+MOST_FORK_LINES = 10
 
 _HEADING = "bold"
 _FAINT = "dim"
@@ -126,6 +127,21 @@ def _print_leaks(console: Console, summary: Summary) -> None:
     if more:
         states = ", ".join(f"{number:,} {state}" for state, number in sorted(summary.leaks_by_state.items()))
         _indented(console, Text(f"and {more:,} more (see --json); by state: {states}", _FAINT))
+    _print_fork_lines(console, summary)
+
+
+def _print_fork_lines(console: Console, summary: Summary) -> None:
+    lines = summary.fork_lines()
+    if not any(line.line for line in lines):
+        return
+    _heading(console, "Connections that crossed a fork, by the line that forked")
+    for line in lines[:MOST_FORK_LINES]:
+        text = Text(f"{line.crossed:>9,}×")
+        if line.open:
+            text.append(f"  {line.open:,} with an open transaction", _BAD)
+        called = (line.line or "an unknown line").replace(" < ", f"\n{'':12}called at ")
+        _indented(console, text.append(f"\n{'':12}{called}"))
+    _print_rest(console, len(lines) - MOST_FORK_LINES)
 
 
 def _unmatched(fork: UnmatchedFork, summary: Summary) -> Text:
@@ -139,7 +155,10 @@ def _unmatched(fork: UnmatchedFork, summary: Summary) -> Text:
         Text(f"{number:,} {state}", _BAD if state in OPEN_STATES else "")
         for state, number in fork.by_state().items()
     ]
-    return text.append_text(Text("; ").join(states))
+    text.append_text(Text("; ").join(states))
+    if fork.fork_line is not None:
+        text.append(f"\n  forked at {_nearest(fork.fork_line)}")
+    return text
 
 
 def _leak(leak: Leak, summary: Summary) -> Text:
@@ -154,7 +173,14 @@ def _leak(leak: Leak, summary: Summary) -> Text:
     )
     if leak.where is not None:
         text.append(f"\n  checked out at {leak.where}")
+    if leak.fork_line is not None:
+        text.append(f"\n  forked at {_nearest(leak.fork_line)}")
     return _with_fields(text, leak.fields, "\n  ")
+
+
+def _nearest(fork_line: str) -> str:
+    """Return the line that forked, without its callers."""
+    return fork_line.partition(" < ")[0]
 
 
 # -- processes
@@ -218,6 +244,7 @@ def _process(process: Process, summary: Summary) -> Text:
         states = ", ".join(f"{number:,} {state}" for state, number in process.inherited.items())
         harm.append(f"inherited {states}")
     for number, word in (
+        *((number, f"connects failed ({error})") for error, number in process.failed.items()),
         (process.replaced, "replaced"),
         (process.refused, "refused"),
         (process.invalidations, "invalidated"),
@@ -359,15 +386,16 @@ def _or_unknown(value: object) -> str:
 # -- while a log is followed
 
 _SHOWN: Mapping[str, Iterable[str]] = {
-    "connection.inherited": ("owner_pid", "state", "action", "where"),
+    "connection.failed": ("error", "create_time"),
+    "connection.inherited": ("owner_pid", "state", "action", "where", "forked_at"),
     "connection.replaced": ("owner_pid", "by"),
     "connection.refused": ("owner_pid", "state"),
     "connection.invalidated": ("soft", "error"),
     "checkout.timed_out": ("wait_time", "size", "overflow", "checked_out"),
     "checkout.overdue": ("held", "where"),
     "checkout.returned_late": ("use_time", "where"),
-    "pool.forked": ("idle", "checked_out", "in_transaction"),
-    "pool.adopted": ("parent_pid", "trigger", "idle", "checked_out", "in_transaction"),
+    "pool.forked": ("idle", "checked_out", "in_transaction", "forked_at"),
+    "pool.adopted": ("parent_pid", "trigger", "idle", "checked_out", "in_transaction", "forked_at"),
     "pool.over_maximum": ("processes", "maximum", "server_max_connections"),
 }
 

@@ -24,10 +24,11 @@ class UnmatchedFork:
     """A fork with open connections that only the parent logged: the child never used the pool, or its log
     was not read."""
 
-    def __init__(self, at: float, owner: Process, pool: str | None) -> None:
+    def __init__(self, at: float, owner: Process, pool: str | None, fork_line: str | None = None) -> None:
         self.at = at
         self.owner = owner
         self.pool = pool
+        self.fork_line = fork_line
         self.idle = 0
         self.checked_out = 0
         self.in_transaction = 0

@@ -1,5 +1,5 @@
-"""The families whose stats an endpoint shows. Read from memory: nothing here opens a connection,
-waits for one, or asks a server.
+"""The families of the engines that an export is for, as they are now. Read from memory: nothing here opens a
+connection, waits for one, or asks a server.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Families:
     def snapshots(self) -> list[FamilyStats]:
         """Return a snapshot of each family; no two with the same name."""
         pools = {id(pool): pool for pool in map(pool_of, self._sources)}
-        names: dict[str, int] = {}
-        families = []
+        families: dict[str, FamilyStats] = {}
         for pool in pools.values():
             family = pool.family_stats()
-            count = names[family.pool] = names.get(family.pool, 0) + 1
-            if count > 1:  # two series of one name would cost Prometheus the whole scrape
-                family = dataclasses.replace(family, pool=f"{family.pool}#{count}")
-            families.append(family)
-        return families
+            name, number = family.pool, 1
+            while name in families:  # two series of one name would cost Prometheus the whole scrape
+                number += 1
+                name = f"{family.pool}#{number}"
+            families[name] = family if number == 1 else dataclasses.replace(family, pool=name)
+        return [*families.values()]
