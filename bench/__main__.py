@@ -26,6 +26,8 @@ QUESTIONS = (
     "memory",
     "growth",
     "scrape",
+    "configured",
+    "async_cycle",
 )
 
 

@@ -83,6 +83,13 @@ def pool(name: str, creator: Callable[[], Any] = fake_driver.Connection, **optio
     return made
 
 
+def with_listeners(of: Pool, *names: str) -> Pool:
+    """Have something listen to these events of a pool, and do nothing."""
+    for name in names:
+        event.listen(of, name, lambda *_: None)
+    return of
+
+
 def add_guard(name: str, target: Engine | Pool) -> None:
     """Put the guard on it that the contender's name promises, if any."""
     if name == RECIPE:

@@ -17,13 +17,10 @@ when it has the row: the server's part, by the clock much the larger one, is the
 clock* counts from before `os.fork()` in the parent.
 
 What is above 1 is the price of letting go: the documented way leaves the parent's sockets open in the child,
-PidPool severs each of them. The code and the objects for that are touched for the first time in the child,
-and each page is copied at the first write, reference counts included. Counted with `getrusage` in a child of
-a process with five idle connections, taking the pool over makes about 350 such faults, of 2.7 µs each on the
-machine of the table: 0.95 ms. They are spread thin: no function has more than 50, the largest being
-`notice_fork` (50), `_take_over` and `PidPool.start_from_zero` (39 each), `_open_connections` and
-`renew_first_connect` (20 each). What a pool would do without severing is the floor: a new queue, new locks
-and a new row are a third of it. A child whose parent had no connection open pays none of this at its fork."""
+PidPool severs each of them, and takes the pool over at its first use. The code and the objects for that are
+touched for the first time in the child, and each page is copied at the first write, reference counts
+included. bench/README.md says which pages, and how many. A child whose parent had no connection open severs
+nothing."""
 
 # What is left between two processes of the same kind.
 NO_MORE = 1.02

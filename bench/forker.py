@@ -43,11 +43,17 @@ class Forked:
     """`os.fork()` in the parent, by the clock."""
     parent_cpu: float
     """The same in CPU time."""
-    child_cpu: float
+    parent_faults: int
+    """Memory pages that the parent touched for the first time since the fork, before `os.fork()` returned."""
+    child_cpu: float = 0.0
     """CPU time of the child until it returned from `os.fork()`, at-fork hooks included."""
-    use_cpu: float
+    child_faults: int = 0
+    """Memory pages that the child touched for the first time until then."""
+    use_cpu: float = 0.0
     """CPU time of what it did then."""
-    child: float
+    use_faults: int = 0
+    """Memory pages that it touched for the first time then."""
+    child: float = 0.0
     """From before the fork until the child was done, by the clock."""
 
 
@@ -60,6 +66,7 @@ class Forker:
     """
 
     def __init__(self, pool: str, connections: int = 0, url: str = "") -> None:
+        self.connections = connections
         command = [sys.executable, "-m", "bench.forker", pool, str(connections), url]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -70,7 +77,8 @@ class Forker:
         """Fork once.
 
         :param use: ``"look"``: the child asks its pool for its status, which is the first use of it;
-            ``"row"``: it gets itself a connection and a row.
+            ``"row"``: it gets itself a connection and a row; ``"end"``: it ends at once, so that what is
+            measured is the parent's alone.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(use + "\n")
@@ -139,10 +147,11 @@ def _main(name: str, connections: int, url: str) -> None:
         if pool is not None:
             pool.status()
 
+    uses: dict[str, Callable[[], None] | None] = {"row": row, "look": look, "end": None}
     settle()
     _tell({})
     for line in sys.stdin:
-        _tell(_fork({"row": row, "look": look}[line.strip()]))
+        _tell(_fork(uses[line.strip()]))
 
 
 def _tell(answer: dict[str, float]) -> None:
@@ -150,29 +159,44 @@ def _tell(answer: dict[str, float]) -> None:
     sys.stdout.flush()
 
 
-def _fork(use: Callable[[], None]) -> dict[str, float]:
+def _fork(use: Callable[[], None] | None) -> dict[str, float]:
     reader, writer = os.pipe()
+    faults = _faults()
     started_cpu, started = time.thread_time(), time.perf_counter()
     pid = os.fork()
     if pid == 0:
         try:
-            # A process's clock of CPU time begins with it.
-            child_cpu = time.process_time()
+            # A process's clock of CPU time begins with it, and so does its count of faults.
+            child_cpu, child_faults = time.process_time(), _faults()
+            if use is None:
+                os._exit(0)
             use()
             use_cpu, child = time.process_time() - child_cpu, time.perf_counter() - started
-            answer = {"child_cpu": child_cpu, "use_cpu": use_cpu, "child": child}
+            answer = {
+                "child_cpu": child_cpu,
+                "child_faults": child_faults,
+                "use_cpu": use_cpu,
+                "use_faults": _faults() - child_faults,
+                "child": child,
+            }
             os.write(writer, json.dumps(answer).encode())
             os._exit(0)
         finally:
             os._exit(1)
     parent_cpu, parent = time.thread_time() - started_cpu, time.perf_counter() - started
+    parent_faults = _faults() - faults
     os.close(writer)
     with open(reader, "rb") as answers:
         text_of_it = answers.read()
     _, status = os.waitpid(pid, 0)
     if status:
         raise RuntimeError(f"a child ended with wait status {status}")
-    return {**json.loads(text_of_it), "parent": parent, "parent_cpu": parent_cpu}
+    of_parent = {"parent": parent, "parent_cpu": parent_cpu, "parent_faults": parent_faults}
+    return {**(json.loads(text_of_it) if text_of_it else {}), **of_parent}
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from sqlalchemy.pool import AsyncAdaptedQueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from pidpool._sqlalchemy.async_idle_queue import AsyncIdleQueuePool
 from pidpool.pool import PidPool
 
 
-class AsyncPidPool(AsyncAdaptedQueuePool, PidPool):
+class AsyncPidPool(AsyncIdleQueuePool, PidPool):
     """`PidPool` with an asyncio queue: ``create_async_engine(url, poolclass=AsyncPidPool)``.
 
     Everything that `PidPool` says holds, in a child that runs an event loop of its own: asyncio

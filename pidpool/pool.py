@@ -28,7 +28,7 @@ from pidpool.events.user_code import calling_line, forking_lines
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
-from pidpool.forks.takeover import OpenConnections, Takeover
+from pidpool.forks.takeover import Takeover
 from pidpool.options import check_choice, check_number
 from pidpool.stats import holders, robust_lock
 from pidpool.stats.family import Family
@@ -323,42 +323,45 @@ class PidPool(HookedQueuePool):
         """The same object for a pool and for the successors that `recreate` made of it."""
         return self.pool_events
 
-    def note_fork(self, at: float, connections: OpenConnections) -> None:
-        """Count and log in the parent that a child was forked; runs in the at-fork hook."""
-        is_any_open = connections.idle or connections.checked_out
-        forked_at = forking_lines() if is_any_open else None
-        with held_back():
-            self.pool_events.pool_forked(
-                at, connections.idle, connections.checked_out, connections.in_transaction, forked_at
-            )
+    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """Count and log in the parent that a child is forked; runs in the at-fork hook."""
+        forked_at = forking_lines() if idle or checked_out else None
+        self.pool_events.note_fork(at, idle, checked_out, in_transaction, forked_at)
+
+    def look_up_fork(self) -> None:
+        """Look up the line that forked, in the child's at-fork hook."""
+        self.pool_events.forked_at = forking_lines()
 
     def start_from_zero(self, takeover: Takeover) -> None:
-        """Replace everything that another thread may have held at the fork; runs in the at-fork hook."""
+        """Replace everything that another thread may have held at the fork; may run in the at-fork hook."""
+        fork = takeover.fork
         for entry in self.records():
             entry.mark_inherited()
-        self.forget_entries()
-        self.pool_events.begin_anew(takeover.parent_pid, takeover.trigger)
-        connections = OpenConnections()
-        for each in takeover.connections:
-            connections.add(each.state)
-        if self.on_foreign == "refuse" and connections.idle:
-            self._refusal = _Refusal(takeover.parent_pid, connections.idle)
-        # Noticed lazily, the line that runs now is another one.
-        is_forking = takeover.trigger == "hook" and takeover.connections
-        forked_at = forking_lines() if is_forking else None
-        with held_back():
-            self.pool_events.pool_adopted(
-                takeover.at,
-                takeover.parent_pid,
-                takeover.trigger,
-                connections.idle,
-                connections.checked_out,
-                connections.in_transaction,
-                takeover.connects_in_flight,
-                forked_at,
-            )
-            for tag, state, action, where in takeover.connections:
-                self.pool_events.connection_inherited(takeover.at, tag, state, action, where, forked_at)
+        self.forget_entries(was_alone=fork.is_alone)
+        self.pool_events.begin_anew(fork.parent_pid, fork.trigger)
+        if self.on_foreign == "refuse":
+            idle = takeover.open_connections().idle
+            if idle:
+                self._refusal = _Refusal(fork.parent_pid, idle)
+        self.pool_events.log_later(self._log_takeover, takeover)
+
+    def _log_takeover(self, takeover: Takeover) -> None:
+        fork, connections = takeover.fork, takeover.open_connections()
+        # Without a hook the line that runs now is another one, and the line of an earlier fork may be there.
+        is_known = fork.trigger == "hook" and takeover.connections
+        forked_at = self.pool_events.forked_at if is_known else None
+        self.pool_events.pool_adopted(
+            fork.at,
+            fork.parent_pid,
+            fork.trigger,
+            connections.idle,
+            connections.checked_out,
+            connections.in_transaction,
+            fork.connects_in_flight,
+            forked_at,
+        )
+        for tag, state, action, where in takeover.connections:
+            self.pool_events.connection_inherited(fork.at, tag, state, action, where, forked_at)
 
     def log_waiting_events(self) -> None:
         """Log the events that could not be logged when they happened."""
@@ -418,4 +421,4 @@ def _watched_checkouts() -> Iterator[WatchedCheckout]:
                     yield watched
 
 
-detection.register_child_callback(lambda trigger, connects_in_flight: overdue.forget_thread())
+detection.register_child_callback(lambda fork: overdue.forget_thread())

@@ -74,33 +74,34 @@ def make_check_out(checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]) -> 
 
 
 def check_in(self: Any, transaction_was_reset: bool = False) -> None:
-    """Return a connection to its pool: `_finalize_fairy`, if nothing but a rollback is asked for."""
+    """Return a connection to its pool: `_finalize_fairy` and `_ConnectionRecord.checkin`, if nothing but a
+    rollback is asked for. For a checkin that was asked for, asyncio's dialects do the same as others."""
     if fork_state[0] == FORKED:
         detection.notice_fork()
     connection, pool, entry = self.held_connection, self._pool, self.entry
     if isinstance(connection, DisownedConnection):
         self.let_go()
         return
-    dispatch, dialect = pool.dispatch, pool._dialect
+    dispatch = pool.dispatch
     if (
         connection is None
         or entry is None
         or self._echo
         or entry.finalize_callback
         or dispatch.reset
-        or dispatch.checkin
-        or dialect.is_async
         or pool._reset_on_return is not reset_rollback
     ):
         _ConnectionFairy._checkin(self, transaction_was_reset)
         return
     if not transaction_was_reset:
         try:
-            dialect.do_rollback(self)
+            pool._dialect.do_rollback(self)
         except BaseException as error:
             self.reset_error = error
             _ConnectionFairy._checkin(self)
             return
     entry.fairy_ref = None
+    if dispatch.checkin:
+        dispatch.checkin(entry.dbapi_connection, entry)
     self.held_connection = self.entry = None
     pool._do_return_conn(entry)

@@ -98,7 +98,7 @@ class PidPoolEntry(_ConnectionRecord):
         self.own(ownership.tag_connection(connection, self, sever=sever))
         self._hand_permit_over(connection)
         self.pidpool.start_idle_thread()
-        severing.prepare_to_sever()
+        severing.dead_socket()  # made ahead, for a child at its limit of open files
         try:
             # One statement, once in a family, before the application has the connection.
             self.pool_events.family.learn_server_max_connections(
@@ -203,9 +203,8 @@ class PidPoolEntry(_ConnectionRecord):
         try:
             if self.permit is None:
                 self.permit = self.pidpool.wait_for_permit()
-            with detection.connecting():
-                started = time.perf_counter()
-                super()._ConnectionRecord__connect()  # type: ignore[misc]
+            started = time.perf_counter()
+            took = detection.hold_forks_during(super()._ConnectionRecord__connect)  # type: ignore[misc]
         except BaseException as error:
             self.pool_events.connection_failed(error, time.perf_counter() - started)
             raise
@@ -215,7 +214,7 @@ class PidPoolEntry(_ConnectionRecord):
                 self.permit.give_back()
                 self.permit = None
         if self.owned is not None:
-            self.pool_events.connection_opened(self.owned.tag, time.perf_counter() - started)
+            self.pool_events.connection_opened(self.owned.tag, took)
 
     def close(self) -> None:
         if self._let_go_if_inherited():

@@ -115,6 +115,11 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         """Return whether there are `maxsize`."""
         return 0 < self.maxsize <= len(self.queue)
 
+    @property
+    def has_waiters(self) -> bool:
+        """Whether a thread waits for an item, or a greenlet does."""
+        return bool(self._waiters)
+
     def abandon(self) -> None:
         """Let go of all items, and have every waiting thread find none: a child's pool has another queue.
 

@@ -74,6 +74,7 @@ class HookedQueuePool(QueuePool):
         super().__init__(creator, **options)
         # Reentrant, since a finalizer may return an overflowing connection inside any line.
         self._overflow_lock = threading.RLock()  # type: ignore[assignment]
+        self._inherited_entries: list[ConnectionPoolEntry] = []
 
     # -- what a subclass has of it
 
@@ -81,6 +82,11 @@ class HookedQueuePool(QueuePool):
     def engine_dialect(self) -> Any:
         """The dialect of the engine; one without a driver if the pool has no engine."""
         return self._dialect
+
+    def connections_in_queue(self) -> int | None:
+        """Return how many entries are idle; None if some are checked out. Looks at no entry."""
+        queued = self._pool.qsize()
+        return queued if queued == self._pool.maxsize + self._overflow else None
 
     def constructor_options(self) -> dict[str, Any]:
         """Return the options of QueuePool with which this pool was made, for `recreate`."""
@@ -113,16 +119,25 @@ class HookedQueuePool(QueuePool):
         self._overflow = 0 - self._pool.maxsize
         return closed
 
-    def forget_entries(self) -> None:
-        """Start with an empty queue and locks of this process's own, in a child; takes no lock."""
-        inherited = self._pool
+    def forget_entries(self, *, was_alone: bool) -> None:
+        """Start with an empty queue and locks of this process's own, in a child; takes no lock.
+
+        :param was_alone: whether the parent had no other thread: then queue and locks are as this thread
+            left them, and go on.
+        """
+        inherited: Any = self._pool
+        if was_alone and isinstance(inherited, IdleQueue) and not inherited.has_waiters:
+            # Kept as long as the pool, since to destroy what the queue held costs more.
+            self._inherited_entries = [inherited.get(False) for _ in range(inherited.qsize())]
+            self._overflow = 0 - inherited.maxsize
+            return
         self._pool = self._queue_class(inherited.maxsize, use_lifo=inherited.use_lifo)
         if isinstance(inherited, IdleQueue):
             inherited.abandon()
         self._overflow = 0 - self._pool.maxsize
         self._overflow_lock = threading.RLock()  # type: ignore[assignment]
-        # SQLAlchemy makes it when it is first asked for: not there if nothing has connected or listened yet.
-        if "dispatch" in self.__dict__:
+        # Made by the first who asks for it: not there if nothing has connected or listened yet.
+        if not was_alone and "dispatch" in self.__dict__:
             renew_first_connect(self.dispatch)
 
     # -- opening and closing

@@ -102,8 +102,10 @@ class PoolEvents:
         self._logger = EventLogger(logger)
         self.is_enabled = self._logger.is_enabled
         """``is_enabled(level)`` says whether an event of this level would be logged at present."""
+        self.forked_at: str | None = None
+        """The line of the last fork, with its callers; in a child that of the fork which made it."""
         self._note_waiting = note_waiting
-        self._waiting: deque[_WaitingEvent] = deque(maxlen=MOST_WAITING)
+        self._waiting: deque[_WaitingEvent | tuple[Callable[..., None], Any]] = deque(maxlen=MOST_WAITING)
 
     def __del__(self) -> None:
         # The pool has gone, and all its entries with it. A named family's memory stays.
@@ -207,24 +209,31 @@ class PoolEvents:
 
     # -- forks
 
+    def note_fork(
+        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
+    ) -> None:
+        """Count a fork in the parent's at-fork hook, and have it logged later if a connection is open."""
+        self.counters.add_fork()
+        if idle or checked_out:
+            self.forked_at = forked_at
+            self.log_later(self.pool_forked, at, idle, checked_out, in_transaction, forked_at)
+
     def pool_forked(
         self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
     ) -> None:
-        """The parent forked a child, with so many connections open; logged if there was one.
+        """The parent forked a child, with so many connections open.
 
         `forked_at` is the line that forked with its callers (`user_code.forking_lines`), here and below.
         """
-        self.counters.add(Count.FORKS)
-        if idle or checked_out:
-            self._emit(
-                "info",
-                "pool.forked",
-                at=at,
-                idle=idle,
-                checked_out=checked_out,
-                in_transaction=in_transaction,
-                forked_at=forked_at,
-            )
+        self._emit(
+            "info",
+            "pool.forked",
+            at=at,
+            idle=idle,
+            checked_out=checked_out,
+            in_transaction=in_transaction,
+            forked_at=forked_at,
+        )
 
     def pool_adopted(
         self,
@@ -324,21 +333,35 @@ class PoolEvents:
         """
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._waiting = deque(maxlen=MOST_WAITING)
+            while self._waiting:  # clear() would make it anew
+                self._waiting.popleft()
             self.counters = self.family.join(parent_pid)
             self.budget = self.family.budget_for(self.counters)
             self.counters.add_adoption(trigger)
 
+    def log_later(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have a function that emits events called by `log_waiting`, in the context of that.
+
+        For an at-fork hook, where nothing may be logged, and where to make an event costs more than it seems:
+        each page that is written to is copied.
+        """
+        self._waiting.append((function, arguments))
+        self._note_waiting()
+
     def log_waiting(self) -> None:
         """Log the events that wait."""
         while self._waiting:
-            if self._logger.is_writing:
-                self._note_waiting()  # a log handler uses the pool: after its line
+            if self._logger.is_writing or _thread.held_back:
+                self._note_waiting()  # a log handler or a finalizer uses the pool: after it
                 return
             try:
                 waiting = self._waiting.popleft()
             except IndexError:
                 return  # another thread was first
+            if isinstance(waiting, tuple):
+                function, arguments = waiting
+                copy_context().run(function, *arguments)
+                continue
             context = copy_context() if waiting.context is None else waiting.context
             if context.run(self.is_enabled, _LEVELS[waiting.level]):
                 context.run(self._log, waiting.at, waiting.level, waiting.event, waiting.tag, waiting.fields)

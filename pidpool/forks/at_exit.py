@@ -15,6 +15,7 @@ from typing import Any
 
 from pidpool.forks import detection
 from pidpool.forks.detection import UNREPORTED, fork_state
+from pidpool.forks.ownership import owned_connections
 
 _PRIORITY = 100
 """Among multiprocessing's finalizers: its queues are closed with 10, and a log may go through one."""
@@ -30,7 +31,8 @@ def log_at_exit() -> None:
 
 
 def _log() -> None:
-    if fork_state[0] != UNREPORTED:
+    # A child that has used no pool logs what its at-fork hook let go of.
+    if fork_state[0] != UNREPORTED and not (detection.is_hooked() and owned_connections):
         return
     # Quiet if the log is closed already: nobody could mend that.
     complaining, logging.raiseExceptions = logging.raiseExceptions, False

@@ -12,10 +12,10 @@ import concurrent.futures.thread  # noqa: F401  for its at-fork hook, see below
 import gc
 import mmap
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 # Imports logging. The at-fork hooks of logging and of concurrent.futures take a lock before the fork. They
@@ -73,44 +73,65 @@ _pid = os.getpid()
 _gate = ConnectGate()
 
 
+def is_hooked() -> bool:
+    """Return whether the at-fork hook has run in this process, and has left most of it to its first use."""
+    return fork_state[0] == FORKED and _hooked_pid == os.getpid()
+
+
 def process_pid() -> int:
     """Return the pid of this process; in a child that has not noticed its fork, that of its parent."""
     return _pid
 
 
+class NoticedFork:
+    """The fork by which this process began."""
+
+    __slots__ = ("at", "parent_pid", "trigger", "connects_in_flight", "is_alone")
+
+    def __init__(self, at: float, trigger: Trigger, connects_in_flight: int, is_alone: bool) -> None:
+        self.at = at
+        """Seconds since the epoch: when the at-fork hook ran or, without one, when the fork was noticed."""
+        self.parent_pid = _pid
+        self.trigger = trigger
+        self.connects_in_flight = connects_in_flight
+        self.is_alone = is_alone
+        """Whether the parent had no other thread, so that none was in the middle of anything."""
+
+
 # -- what the other modules register
 
-_parent_callbacks: list[Callable[[float], None]] = []
-_urgency_checks: list[Callable[[], bool]] = []
-_child_callbacks: list[Callable[[Trigger, int], None]] = []
+_fork_callbacks: list[Callable[[float], None]] = []
+_hook_callbacks: list[Callable[[bool], bool]] = []
+_child_callbacks: list[Callable[[NoticedFork], None]] = []
 _report_callbacks: list[Callable[[], None]] = []
 
 
-def register_parent_callback(callback: Callable[[float], None]) -> None:
-    """Have `callback(at)` called in the parent after every fork that ran Python's hooks.
+def register_fork_callback(callback: Callable[[float], None]) -> None:
+    """Have `callback(at)` called in the parent before every fork that runs Python's hooks.
 
     `at` is in seconds since the epoch, before anything that the child does. The callback runs inside the
-    at-fork hook: it must not block, log, yield or raise.
+    at-fork hook: it must not block, log, yield or raise. Before the fork and not after it: every page that
+    the parent writes to while the child has it too is copied.
     """
-    _parent_callbacks.append(callback)
+    _fork_callbacks.append(callback)
 
 
-def register_child_callback(callback: Callable[[Trigger, int], None]) -> None:
-    """Have `callback(trigger, connects_in_flight)` called once in every forked child.
+def register_child_callback(callback: Callable[[NoticedFork], None]) -> None:
+    """Have `callback(fork)` called once in every forked child.
 
-    It may run inside an at-fork hook: it must not block, log, yield or raise. It is called again if it
-    was interrupted.
+    It may run inside an at-fork hook: it must not block, log, yield or raise. It is called again if it was
+    interrupted.
     """
     _child_callbacks.append(callback)
 
 
-def register_urgency_check(is_urgent: Callable[[], bool]) -> None:
-    """Have a child's at-fork hook ask whether the fork has to be dealt with at once.
+def register_hook_callback(callback: Callable[[bool], bool]) -> None:
+    """Have `callback(is_alone)` called in a child's at-fork hook, for what can't wait for a pool's first use.
 
-    If no check says so, the first look at `fork_state` deals with it: a child that never uses a pool then
-    pays nothing.
+    `is_alone` is whether the parent noted this fork and had no other thread. The callback returns whether all
+    the rest can wait. If one can't, the hook deals with the fork at once.
     """
-    _urgency_checks.append(is_urgent)
+    _hook_callbacks.append(callback)
 
 
 def register_report_callback(report: Callable[[], None]) -> None:
@@ -137,29 +158,38 @@ def settle() -> None:
             report()
 
 
-@contextmanager
-def connecting() -> Iterator[None]:
-    """Hold forks of other threads back, for a bounded while, during a connect and its events."""
+def hold_forks_during(connect: Callable[[], None]) -> float:
+    """Connect, with its events, and hold forks of other threads back meanwhile, for a bounded while.
+
+    Return how many seconds it took, without the wait for other threads' forks.
+    """
     entered = _gate
     try:
         entered.enter_connect()
-        yield
+        started = time.perf_counter()
+        connect()
+        return time.perf_counter() - started
     finally:
-        if fork_state[0] == FORKED:
-            notice_fork()
-        # In a child forked meanwhile the gate is its parent's, whose threads may have left it locked.
-        if entered is _gate:
-            entered.leave_connect()
+        leave_connect(entered)
+
+
+def leave_connect(entered: ConnectGate) -> None:
+    """Let forks in again, through the gate that the connect has entered."""
+    if fork_state[0] == FORKED:
+        notice_fork()
+    # In a child forked meanwhile the gate is its parent's, whose threads may have left it locked.
+    if entered is _gate:
+        entered.leave_connect()
 
 
 _notice_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]  # a function before 3.13
 
 
-def notice_fork(trigger: Trigger = "lazy") -> None:
+def notice_fork() -> None:
     """Deal with a fork, if there was one and it was not dealt with yet. Never blocks for long, never logs."""
     global _pid, _gate
-    if _hooked_pid == os.getpid():
-        trigger = "hook"
+    was_hooked = _hooked_pid == os.getpid()
+    at = _hooked_at if was_hooked else time.time()
     # A lock of this process's own: a fork may have copied any other one in a locked state.
     lock = _notice_locks.setdefault(os.getpid(), threading.RLock())
     with lock:
@@ -169,12 +199,16 @@ def notice_fork(trigger: Trigger = "lazy") -> None:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            in_flight = _gate.in_flight(threading.get_ident())
+            is_alone = was_hooked and _hooked_alone
+            in_flight = 0 if is_alone else _gate.in_flight(threading.get_ident())
+            fork = NoticedFork(at, "hook" if was_hooked else "lazy", in_flight, is_alone)
             for callback in _child_callbacks:
-                callback(trigger, in_flight)
-            log_locks.renew(in_hook=trigger == "hook")
+                callback(fork)
+            if not was_hooked:
+                log_locks.renew(in_hook=False)
             _pid = os.getpid()
-            _gate = ConnectGate()
+            if not is_alone:
+                _gate = ConnectGate()
             fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
         finally:
             if collecting:
@@ -184,43 +218,59 @@ def notice_fork(trigger: Trigger = "lazy") -> None:
 # -- the at-fork hooks
 
 
-class _Thread(threading.local):
-    forking_at: float | None = None
-    """Seconds since the epoch, while the thread forks."""
+_forks_alone = False
+"""Whether this process forks, or was forked, by the only thread that it had: no other can be in the middle of
+a connect or of a log line, so there is nothing to wait for, to hold or to renew."""
 
-
-_thread = _Thread()
 _hooked_pid = 0
-"""The process whose at-fork hook has run and left the fork to the first look at `fork_state`."""
+"""The process whose at-fork hook has run. What can wait is left to the first look at `fork_state`."""
+_hooked_at = 0.0
+_hooked_alone = False
+
+
+def _is_alone() -> bool:
+    """Return whether the calling thread is the only one that runs Python code in this process."""
+    # Threads that were started in C are counted too; threading.active_count() has not met them. Greenlets of
+    # gevent and eventlet are not, and may be in the middle of something as threads are.
+    return len(sys._current_frames()) == 1 and not ("gevent" in sys.modules or "eventlet" in sys.modules)
 
 
 def _before_fork() -> None:
+    global _forks_alone
     if fork_state[0] == FORKED:
         # A child forked in C that forks before it uses a pool. The gate it has is its parent's, whose
         # threads may have left it locked (test_a_child_that_never_noticed_its_fork_can_fork).
         notice_fork()
-    _gate.before_fork()
-    log_locks.hold()  # last: a thread whose connect is waited for may log
-    # Not afterwards, when the child may be ahead: events sorted by time have the fork first.
-    _thread.forking_at = time.time()
+    _forks_alone = _is_alone()
+    if not _forks_alone:
+        _gate.before_fork()
+        log_locks.hold()  # after the gate: a thread whose connect is waited for may log
+    # Before the fork, when no child can be ahead: events sorted by time have the fork first.
+    at = time.time()
+    for callback in _fork_callbacks:
+        callback(at)
 
 
 def _after_fork_in_parent() -> None:
+    global _forks_alone
+    if _forks_alone:
+        _forks_alone = False
+        return
     log_locks.release()
     _gate.after_fork_in_parent()
-    # None if the fork was made in C and only this hook ran.
-    began, _thread.forking_at = _thread.forking_at, None
-    for callback in _parent_callbacks:
-        callback(time.time() if began is None else began)
 
 
 def _after_fork_in_child() -> None:
-    global _hooked_pid
-    if any(is_urgent() for is_urgent in _urgency_checks):
-        notice_fork("hook")
-    else:
-        _hooked_pid = os.getpid()
+    global _forks_alone, _hooked_pid, _hooked_at, _hooked_alone
+    _hooked_pid, _hooked_at, _hooked_alone = os.getpid(), time.time(), _forks_alone
+    can_wait = True
+    for callback in _hook_callbacks:
+        can_wait = callback(_forks_alone) and can_wait
+    if not _forks_alone:
         log_locks.renew(in_hook=True)
+    _forks_alone = False
+    if not can_wait:
+        notice_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -27,7 +27,7 @@ class ConnectGate:
         thread = threading.get_ident()
         with self._changed:
             # A thread that connects or forks already must not wait: the fork may be waiting for it.
-            if thread not in self._connecting and thread not in self._forking:
+            if self._forking and thread not in self._connecting and thread not in self._forking:
                 self._changed.wait_for(lambda: not self._forking, 2 * CONNECT_WAIT)
             self._connecting[thread] = self._connecting.get(thread, 0) + 1
 
@@ -60,4 +60,5 @@ class ConnectGate:
                 threads[thread] = left
             else:
                 threads.pop(thread, None)
-            self._changed.notify_all()
+            if self._forking or threads is self._forking:  # otherwise nobody waits
+                self._changed.notify_all()

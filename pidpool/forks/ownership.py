@@ -5,6 +5,7 @@ here what it inherited.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -59,12 +60,14 @@ class OwnedConnection:
     __slots__ = (
         "tag",
         "sever",
+        "fd",
+        "identity",
         "detached",
         "used_by",
         "permit",
+        "is_severed",
         "_connection",
         "_entry",
-        "_identity",
         "_key",
         "__weakref__",
     )
@@ -82,7 +85,9 @@ class OwnedConnection:
         """The pool's entry, while it is checked out."""
         self.permit: Permit | None = None
         """The connection's permit, if its family has a limit; given back once it is closed."""
-        self._identity = identity
+        self.is_severed = False
+        self.fd = tag.fd
+        self.identity = identity
         self._key = id(connection)
         self._entry: weakref.ref[Entry] = weakref.ref(entry)
         self._connection: weakref.ref[Any] | None
@@ -107,29 +112,37 @@ class OwnedConnection:
         return None if entry is None else entry.dbapi_connection
 
     def sever_socket(self, *, even_if_kept: bool = False) -> bool:
-        """Sever the connection's socket if that is wanted; return whether it was done.
+        """Sever the connection's socket if that is wanted; return whether it was done, now or before.
 
         Does nothing if the descriptor is no longer the socket that was tagged. Descriptor numbers are
         reused, so a number alone proves nothing
         (tests/forks/test_sockets.py::test_a_reused_descriptor_is_left_alone).
         """
-        fd = self.tag.fd
-        if not (self.sever or even_if_kept) or fd is None or self._identity is None:
-            return False
-        if severing.socket_identity(fd) != self._identity:
-            return False
-        severing.sever(fd)
-        return True
+        if self.is_severed or not (self.sever or even_if_kept) or self.fd is None or self.identity is None:
+            return self.is_severed
+        if severing.socket_identity(self.fd) == self.identity:
+            severing.sever(self.fd, severing.dead_socket())
+            self.is_severed = True
+        return self.is_severed
+
+    def detach(self, checkout: weakref.ref[Any]) -> None:
+        """Note that the checkout has taken the connection out of the pool."""
+        self.detached = checkout
+        if owned_connections.get(self._key) is self:
+            detached_connections[self._key] = self
 
     def renew(self, connection: Any, entry: Entry) -> None:
         """Refer anew to a connection and its entry that were collected in a cycle, and then resurrected."""
-        self.__init__(self.tag, self._identity, connection, entry, self.sever)  # type: ignore[misc]
+        permit = self.permit
+        self.__init__(self.tag, self.identity, connection, entry, self.sever)  # type: ignore[misc]
+        self.permit = permit
         owned_connections[self._key] = self
 
     def let_go(self) -> None:
         """Take the connection out of `owned_connections`: its owner is about to close it."""
         if owned_connections.get(self._key) is self:
             del owned_connections[self._key]
+            detached_connections.pop(self._key, None)
 
     def _collected(self, reference: weakref.ref[Any]) -> None:
         # In a child that has not noticed its fork nothing else would sever it: its destructor is next.
@@ -147,7 +160,35 @@ class OwnedConnection:
 owned_connections: dict[int, OwnedConnection] = {}
 """Every connection opened by this process, by `id()`. Emptied in a child once all are disowned."""
 
+detached_connections: dict[int, OwnedConnection] = {}
+"""Those of them that were detached from their pool."""
+
 _numbers = itertools.count(1)
+
+
+def sever_all() -> bool:
+    """Sever all sockets in a child's at-fork hook; return whether all connections had one to sever.
+
+    The same as `OwnedConnection.sever_socket` for each, in one function: a child pays for each object that it
+    touches. Device and inode say by themselves that it is a socket.
+    """
+    fstat, dup2, dead_socket = os.fstat, os.dup2, severing.dead_socket()
+    all_severed = True
+    for owned in owned_connections.values():
+        fd = owned.fd
+        if fd is None or not owned.sever:
+            all_severed = False
+            continue
+        try:
+            status = fstat(fd)
+            if (status.st_dev, status.st_ino) == owned.identity:
+                dup2(dead_socket, fd, False)
+                owned.is_severed = True
+                continue
+        except OSError:
+            pass  # it is closed
+        all_severed = False
+    return all_severed
 
 
 def tag_connection(connection: Any, entry: Entry, *, sever: bool) -> OwnedConnection:

@@ -12,46 +12,50 @@ import socket
 import stat
 from typing import Any
 
-_disowned: set[int] = set()
+_pinned: dict[int, object] = {}
+# A reference that is never given back: a module's globals are cleared at interpreter exit, and all that is in
+# there would go. Taken ahead: a child that had to call it would pay for it at its fork.
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_pinned))
+
+
+def pin(kept: object) -> None:
+    """Keep an inherited object alive for ever, so that no destructor of it ever runs in this process.
+
+    Some connections' destructors send a goodbye to the server, and psycopg2's takes a mutex that another
+    thread may have held at the fork. Idempotent.
+    """
+    _pinned[id(kept)] = kept  # from then on the id stays this object's own
+
+
+def unpin(kept: object) -> None:
+    """Give back what was pinned until more was known of it."""
+    _pinned.pop(id(kept), None)
 
 
 def is_disowned(connection: Any) -> bool:
     """Return whether this driver connection was inherited and disowned in this process."""
-    return id(connection) in _disowned
+    return id(connection) in _pinned
 
 
-def pin(connection: Any) -> None:
-    """Keep an inherited connection alive for ever, so that no destructor of it ever runs in this process.
-
-    Some destructors send a goodbye to the server, and psycopg2's takes a mutex that another thread may
-    have held at the fork. Idempotent.
-    """
-    # The reference first: from then on the id stays this connection's own.
-    if id(connection) not in _disowned:
-        _Py_IncRef(connection)
-        _disowned.add(id(connection))
-
-
-# A reference that is never given back; a module's global would be cleared at interpreter exit. Looked up
-# ahead: it costs a child a third of taking a pool over.
-_Py_IncRef = ctypes.pythonapi.Py_IncRef
-_Py_IncRef.argtypes = (ctypes.py_object,)
-_Py_IncRef.restype = None
-
-
-def sever(fd: int) -> None:
+def sever(fd: int, dead_socket: int) -> None:
     """Put a dead socket over this process's descriptor of a shared one.
 
     Drops this process's reference and no more: nothing is sent, nothing is shut down, O_NONBLOCK and
     epoll registrations of the shared socket stay as they are. A later write to the descriptor gets EPIPE,
     a later read the end of the stream.
+
+    :param dead_socket: see `dead_socket`.
     """
-    os.dup2(_dead_socket.fileno(), fd, inheritable=False)
+    os.dup2(dead_socket, fd, inheritable=False)
 
 
-def prepare_to_sever() -> None:
-    """Open the one descriptor that severing needs, in the process that opens connections."""
-    _dead_socket.fileno()
+def dead_socket() -> int:
+    """Return the one descriptor that severing needs.
+
+    Opened in the process that opens connections. Asked for before each time that sockets are severed: see
+    `_DeadSocket.fileno`.
+    """
+    return _dead_socket.fileno()
 
 
 def socket_identity(fd: int) -> tuple[int, int] | None:

@@ -77,9 +77,12 @@ class Inheritance:
         self.pool = pool
         self.tag = tag
         self.state = state
-        self._driver = driver_of(connection)
-        self._settings = _local_settings(connection)
-        self._checkout = None if checkout is None else weakref.ref(checkout)
+        self._checkout: weakref.ref[Checkout] | None = None
+        self._settings: Settings | None = None
+        if checkout is not None:  # otherwise nothing will go on with another connection
+            self._checkout = weakref.ref(checkout)
+            self._driver = driver_of(connection)
+            self._settings = _local_settings(connection)
         self._refused = False
 
     def forget_transaction(self) -> None:

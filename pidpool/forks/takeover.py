@@ -1,19 +1,26 @@
 """How a forked child takes over: once in each child, before anything else is done with a pool, it disowns all
 inherited connections, and all its pools start from zero.
 
-Runs in the at-fork hook if there is one, and otherwise at the first door that notices the fork. So it must
-not block, log, raise or send anything. The events of it wait for the first use of each pool.
+It runs at the first door that notices the fork. The at-fork hook, if there is one, only severs the sockets
+and keeps alive what the child inherited: every memory page that a child writes to is copied. If the hook
+can't sever all, it takes over at once. So nothing here may block, log, raise or send anything. The events
+wait for the first use of each pool.
 """
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from pidpool.forks import at_exit, detection, severing
-from pidpool.forks.ownership import Checkout, Entry, OwnedConnection, owned_connections
+from pidpool.forks import at_exit, detection, ownership, severing
+from pidpool.forks.detection import NoticedFork
+from pidpool.forks.ownership import (
+    Checkout,
+    Entry,
+    OwnedConnection,
+    detached_connections,
+    owned_connections,
+)
 from pidpool.forks.stand_in import (
     DisownedConnection,
     Inheritance,
@@ -22,7 +29,7 @@ from pidpool.forks.stand_in import (
     transaction_state,
 )
 from pidpool.tag import ConnectionTag
-from pidpool.terms import SocketAction, StateAtFork, Trigger
+from pidpool.terms import SocketAction, StateAtFork
 
 
 class ForkablePool(ReplacingPool, Protocol):
@@ -32,8 +39,14 @@ class ForkablePool(ReplacingPool, Protocol):
     def lineage(self) -> object:
         """The same object for a pool and for the successors that ``recreate()`` made of it."""
 
-    def note_fork(self, at: float, connections: OpenConnections) -> None:
-        """Note in the parent that a child was forked with so many connections of the lineage open."""
+    def connections_in_queue(self) -> int | None:
+        """Return how many connections are idle; None if some are checked out."""
+
+    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """Note in the parent that a child is forked with so many connections open."""
+
+    def look_up_fork(self) -> None:
+        """Look up, in the child's at-fork hook, the line that forked."""
 
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace in the child everything that another thread may have held at the fork."""
@@ -59,8 +72,12 @@ def pools() -> list[Any]:
     """Return every pool of this process that is alive."""
     # Copied in one step of C's: other threads make and drop engines meanwhile. A WeakSet's copy is a loop
     # of Python's (tests/forks/test_takeover.py::test_engines_come_and_go_in_other_threads_while_one_forks).
-    found = (reference() for reference in list(_pools.values()))
-    return [pool for pool in found if pool is not None]
+    found = []
+    for reference in list(_pools.values()):
+        pool = reference()
+        if pool is not None:
+            found.append(pool)
+    return found
 
 
 class OpenConnections:
@@ -90,95 +107,130 @@ class InheritedConnection(NamedTuple):
 class Takeover:
     """What a child found when it took a pool over."""
 
-    def __init__(self, parent_pid: int, trigger: Trigger, connects_in_flight: int) -> None:
-        self.at = time.time()
-        self.parent_pid = parent_pid
-        self.trigger = trigger
-        self.connects_in_flight = connects_in_flight
+    __slots__ = ("fork", "connections")
+
+    def __init__(self, fork: NoticedFork) -> None:
+        self.fork = fork
         self.connections: list[InheritedConnection] = []
 
-
-class _Open(NamedTuple):
-    """One connection that is open at a fork, and all that refers to it."""
-
-    owned: OwnedConnection
-    connection: Any
-    entry: Entry | None
-    checkout: Checkout | None
-    pool: ForkablePool | None
-
-    @property
-    def state(self) -> StateAtFork:
-        if self.entry is not None and not self.entry.in_use:
-            return "idle"
-        return transaction_state(self.connection)
+    def open_connections(self) -> OpenConnections:
+        """Count the connections."""
+        counted = OpenConnections()
+        for each in self.connections:
+            counted.add(each.state)
+        return counted
 
 
-def _open_connections() -> Iterator[_Open]:
+def _holders(owned: OwnedConnection) -> tuple[Entry | None, Checkout | None, ForkablePool | None]:
+    """Return what refers to a connection that is open at a fork: entry, checkout and pool."""
+    if owned.detached is not None:
+        # Its entry has gone back to the pool, and may hold another connection already.
+        checkout = owned.detached()
+        return None, checkout, None if checkout is None else checkout.pidpool
+    entry = owned.entry()
+    if entry is None:
+        return None, None, None
+    return entry, entry.current_checkout() if entry.in_use else None, entry.pidpool
+
+
+def _state(connection: Any, entry: Entry | None) -> StateAtFork:
+    return "idle" if entry is not None and not entry.in_use else transaction_state(connection)
+
+
+def _note_fork(at: float) -> None:
+    # Runs in the parent at every fork. As a rule all connections are idle, and none has to be looked at.
+    idle: dict[object, int] = {}
+    noting: dict[object, ForkablePool] = {}
+    left = len(owned_connections)
+    for pool in pools():
+        queued = pool.connections_in_queue()
+        if queued is None or detached_connections:
+            _look_and_note_fork(at)
+            return
+        left -= queued
+        lineage = pool.lineage
+        idle[lineage] = idle.get(lineage, 0) + queued
+        noting[lineage] = pool
+    if left:  # an entry without a connection, or a connection that no pool has
+        _look_and_note_fork(at)
+        return
+    for lineage, pool in noting.items():
+        pool.note_fork(at, idle[lineage], 0, 0)
+
+
+def _look_and_note_fork(at: float) -> None:
+    noting = {pool.lineage: (pool, OpenConnections()) for pool in pools()}
+    for owned in list(owned_connections.values()):
+        connection = owned.connection()
+        entry, _, pool = _holders(owned)
+        if connection is not None and pool is not None:
+            _, connections = noting.setdefault(pool.lineage, (pool, OpenConnections()))
+            connections.add(_state(connection, entry))
+    for pool, connections in noting.values():
+        pool.note_fork(at, connections.idle, connections.checked_out, connections.in_transaction)
+
+
+def _sever_at_once(is_alone: bool) -> bool:
+    """Do in the child's at-fork hook what can't wait; return whether the rest can.
+
+    The server's sessions must end with their owner, whatever this process does. And nothing that it
+    inherited may be destroyed before it is disowned: its pools keep their idle connections, and
+    `owned_connections` keeps those that are checked out.
+    """
+    if not owned_connections:
+        return True
+    for pool in pools():
+        severing.pin(pool)
+        if not is_alone:  # the parent has looked it up for another thread's fork, or not at all
+            pool.look_up_fork()
+    severing.pin(owned_connections)
+    # No pool keeps a connection that was detached from it.
+    return ownership.sever_all() and not detached_connections
+
+
+def _take_over(fork: NoticedFork) -> None:
+    takeovers: dict[int, tuple[ForkablePool, Takeover]] = {}
+    for pool in pools():
+        takeovers[id(pool)] = pool, Takeover(fork)
     for owned in list(owned_connections.values()):
         connection = owned.connection()
         if connection is None or isinstance(connection, DisownedConnection):
-            continue
-        entry: Entry | None = None
-        if owned.detached is not None:
-            # Its entry has gone back to the pool, and may hold another connection already.
-            checkout = owned.detached()
-        else:
-            entry = owned.entry()
-            checkout = None if entry is None else entry.current_checkout()
-        pool = entry.pidpool if entry is not None else checkout.pidpool if checkout is not None else None
-        yield _Open(owned, connection, entry, checkout, pool)
-
-
-def _note_fork_in_parent(at: float) -> None:
-    noted: dict[int, tuple[ForkablePool, OpenConnections]] = {}
-    for pool in pools():
-        noted.setdefault(id(pool.lineage), (pool, OpenConnections()))
-    for each in _open_connections():
-        if each.pool is not None:
-            _, connections = noted.setdefault(id(each.pool.lineage), (each.pool, OpenConnections()))
-            connections.add(each.state)
-    for pool, connections in noted.values():
-        pool.note_fork(at, connections)
-
-
-def _take_over(trigger: Trigger, connects_in_flight: int) -> None:
-    parent_pid = detection.process_pid()
-    takeovers = {id(pool): (pool, Takeover(parent_pid, trigger, connects_in_flight)) for pool in pools()}
-    for each in _open_connections():
-        if each.pool is None:
-            _disown(each)
-            continue
-        state = each.state
-        _put_stand_in(each, each.pool, state)
-        action = _disown(each)
-        if id(each.pool) in takeovers:
-            place = None if each.entry is None else each.entry.checked_out_at
-            inherited = InheritedConnection(each.owned.tag, state, action, place)
-            takeovers[id(each.pool)][1].connections.append(inherited)
+            continue  # the latter if this was interrupted, and begins again
+        entry, checkout, pool = _holders(owned)
+        if pool is not None:
+            state = _state(connection, entry)
+            _put_stand_in(owned.tag, connection, entry, checkout, pool, state)
+        severing.pin(connection)  # before the socket: from here on its id stays its own
+        # A child that was forked in the middle of a driver's call may unwind that call, which then ends on
+        # the socket what its parent is doing there (test_takeover.py::test_a_copy_in_flight_is_the_parents).
+        is_in_a_call = not owned.is_severed and checkout is not None and is_busy(connection)
+        action: SocketAction = "severed" if owned.sever_socket(even_if_kept=is_in_a_call) else "kept"
+        if pool is not None and id(pool) in takeovers:
+            place = None if entry is None else entry.checked_out_at
+            inherited = InheritedConnection(owned.tag, state, action, place)
+            takeovers[id(pool)][1].connections.append(inherited)
     for pool, takeover in takeovers.values():
         pool.start_from_zero(takeover)
+        severing.unpin(pool)  # it will have connections of this process's own, which are to be closed with it
     owned_connections.clear()
+    detached_connections.clear()
 
 
-def _put_stand_in(inherited: _Open, pool: ForkablePool, state: StateAtFork) -> None:
-    connection, entry, checkout = inherited.connection, inherited.entry, inherited.checkout
+def _put_stand_in(
+    tag: ConnectionTag,
+    connection: Any,
+    entry: Entry | None,
+    checkout: Checkout | None,
+    pool: ForkablePool,
+    state: StateAtFork,
+) -> None:
     if checkout is not None and checkout.held_connection is not connection:
         checkout = None
-    stand_in = DisownedConnection(Inheritance(pool, inherited.owned.tag, connection, state, checkout))
+    stand_in = DisownedConnection(Inheritance(pool, tag, connection, state, checkout))
     if checkout is not None:
         checkout.held_connection = stand_in
     if entry is not None and entry.dbapi_connection is connection:
         entry.dbapi_connection = stand_in
-
-
-def _disown(inherited: _Open) -> SocketAction:
-    """Let go of an inherited connection without a byte to the server; say what became of its socket."""
-    severing.pin(inherited.connection)  # first: from here on its id stays its own
-    # A child that was forked in the middle of a driver's call may unwind that call, which then ends on the
-    # socket what its parent is doing there (test_takeover.py::test_a_copy_in_flight_is_the_parents).
-    is_in_a_call = inherited.checkout is not None and is_busy(inherited.connection)
-    return "severed" if inherited.owned.sever_socket(even_if_kept=is_in_a_call) else "kept"
 
 
 def _log_waiting_events() -> None:
@@ -186,12 +238,8 @@ def _log_waiting_events() -> None:
         pool.log_waiting_events()
 
 
-def _has_open_connections() -> bool:
-    return bool(owned_connections)
-
-
-detection.register_parent_callback(_note_fork_in_parent)
-detection.register_urgency_check(_has_open_connections)
+detection.register_fork_callback(_note_fork)
+detection.register_hook_callback(_sever_at_once)
 detection.register_child_callback(_take_over)
 detection.register_report_callback(_log_waiting_events)
 at_exit.log_at_exit()

@@ -76,6 +76,7 @@ class Count(IntEnum):
     OVERDUE = 21
 
 
+_FORKS = int(Count.FORKS)
 _CLOSED = max(Count) + 1
 _INHERITED = _CLOSED + len(CLOSE_REASONS)
 _ADOPTIONS = _INHERITED + len(STATES_AT_FORK)
@@ -166,12 +167,21 @@ class ProcessCounters:
 
     def entries(self) -> list[Entry]:
         """Return the pool entries that have a slot here."""
-        found = (reference() for reference in list(self._entries.values()))
-        return [entry for entry in found if entry is not None]
+        found = []
+        for reference in list(self._entries.values()):
+            entry = reference()
+            if entry is not None:
+                found.append(entry)
+        return found
 
     def add(self, count: Count, number: int = 1) -> None:
         """Add to one of the plain counts."""
         self._add(count, number)
+
+    def add_fork(self) -> None:
+        """Count a fork, in the parent's at-fork hook: every object that is needed costs a page there."""
+        with self._lock:
+            self.cells[_FORKS] += 1
 
     def add_closed(self, reason: CloseReason) -> None:
         """Count a closed connection."""

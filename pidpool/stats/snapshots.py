@@ -178,7 +178,7 @@ class FamilyStats:
     """Seconds since the epoch."""
     processes: tuple[PoolStats, ...]
     """Those that run and those that have ended, parents before their children, oldest first. A process is
-    listed from its fork on if it inherited connections, else from its first use of the pool on."""
+    listed from its first use of the pool on."""
     departed: int
     """Ended processes whose entry was needed for another one; their counts are in `counters`."""
     unlisted: int

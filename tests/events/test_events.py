@@ -305,7 +305,8 @@ def test_a_fork_is_before_all_that_the_child_does_also_if_the_child_is_ahead(
         os.write(writer, b"told")
         return events.all
 
-    after_fork = detection._gate.after_fork_in_parent  # runs in the parent's hook, before it notes anything
+    monkeypatch.setattr(detection, "_is_alone", lambda: False)
+    after_fork = detection._gate.after_fork_in_parent  # runs in the parent's hook, after the fork
 
     def wait_for_the_child() -> None:
         assert os.read(reader, 4) == b"told"

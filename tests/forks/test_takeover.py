@@ -6,9 +6,10 @@ from __future__ import annotations
 import gc
 import io
 import os
+import socket
 import sys
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from engines import MakeEngine
@@ -16,7 +17,8 @@ from forking import How, run_in_child
 from parent import Parent, server_pid
 from sqlalchemy import create_engine, text
 
-from pidpool import PidPool
+from pidpool import PidPool, tag_of
+from pidpool.forks import detection
 
 both_hows = pytest.mark.parametrize("how", ["python", "c"])
 
@@ -154,3 +156,85 @@ def test_a_negative_max_overflow_is_no_limit() -> None:
     for connection in connections:
         connection.close()
     assert engine.pool.recreate()._max_overflow == -1  # type: ignore[attr-defined]
+
+
+class Resource:
+    """A driver's connection with a socket, and a destructor that must not run in a child."""
+
+    destroyed: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        self._socket, self._other_end = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def rollback(self) -> None: ...
+
+    def close(self) -> None:
+        self._socket.close()
+        self._other_end.close()
+
+    def __del__(self) -> None:
+        self.destroyed.append(os.getpid())
+
+
+@pytest.mark.parametrize("state", ["idle", "checked out", "detached"])
+@pytest.mark.parametrize("inherited_sockets", ["sever", "keep"])
+def test_a_child_that_drops_a_pool_before_it_uses_it_destroys_no_connection(
+    state: str, inherited_sockets: str
+) -> None:
+    """Most is left to the first use of a pool, which never comes here; the hook itself severs."""
+    pool: Any = PidPool(Resource, inherited_sockets=inherited_sockets)
+    checkout = pool.connect()
+    tag = tag_of(checkout)
+    assert tag is not None and tag.fd is not None
+    if state == "detached":
+        checkout.detach()
+    elif state == "idle":
+        checkout.close()
+    kept = [pool, checkout]
+    del pool, checkout
+
+    def child() -> tuple[bool, list[int]]:
+        assert tag.fd is not None
+        is_severed = os.fstat(tag.fd).st_ino != tag.socket_inode
+        cycle: list[Any] = kept[:]
+        cycle.append(cycle)
+        kept.clear()
+        del cycle
+        gc.collect()
+        return is_severed, Resource.destroyed
+
+    # This driver can't say that no call of it is in flight.
+    assert run_in_child(child) == (inherited_sockets == "sever" or state != "idle", [])
+    pool, checkout = kept
+    if state == "detached":
+        checkout.dbapi_connection.close()
+    checkout.close()
+    pool.dispose()
+    kept.clear()
+    del pool, checkout
+    gc.collect()
+    assert Resource.destroyed.pop() == os.getpid()
+
+
+def _use_after_a_fork() -> tuple[bool, int, int, int]:
+    pool: Any = PidPool(Resource)
+    first, second = pool.connect(), pool.connect()
+    first.close()
+
+    def child() -> tuple[bool, int, int, int]:
+        was_left = detection.is_hooked()
+        counters = pool.stats().counters
+        return was_left, counters.adoptions["hook"], counters.severed, counters.inherited["idle"]
+
+    counted: tuple[bool, int, int, int] = run_in_child(child)
+    second.close()
+    pool.dispose()
+    return counted
+
+
+def test_what_a_hook_severed_is_counted_at_the_first_use_of_the_pool() -> None:
+    # In a child, whose parent is this process with whatever connections other tests have left.
+    assert run_in_child(_use_after_a_fork) == (True, 1, 2, 1)

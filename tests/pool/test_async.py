@@ -15,8 +15,11 @@ from parent import bytes_on_the_wire
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util.queue import Empty, Full
 
 from pidpool import AsyncPidPool, ForeignConnectionError, tag_of
+from pidpool._sqlalchemy.async_idle_queue import AsyncIdleQueue
 from pidpool.forks import stand_in
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -186,3 +189,56 @@ def test_the_transaction_state_is_read_without_the_server(postgres: EmbeddedPost
             assert stand_in.transaction_state(raw) == "in transaction"
 
     asyncio.run(tell())
+
+
+async def _in_greenlet(function: Any, *arguments: Any) -> Any:
+    return await greenlet_spawn(function, *arguments)
+
+
+def test_an_item_of_the_queue_goes_to_the_task_that_waits_longest() -> None:
+    async def wait() -> None:
+        queue: AsyncIdleQueue[int] = AsyncIdleQueue(2)
+        first, second = (asyncio.create_task(_in_greenlet(queue.get, True, 5)) for _ in range(2))
+        await asyncio.sleep(0)
+        queue.put(1)
+        with pytest.raises(Empty):  # it is the first task's already
+            queue.get(False)
+        queue.put(2)
+        with pytest.raises(Full):
+            queue.put(3)
+        assert (queue.qsize(), queue.full(), queue.empty()) == (2, True, False)
+        assert [await first, await second] == [1, 2]
+        assert (queue.qsize(), queue.full(), queue.empty()) == (0, False, True)
+
+    asyncio.run(wait())
+
+
+@pytest.mark.parametrize("use_lifo", [False, True])
+def test_an_item_for_a_task_that_gave_up_is_not_lost(use_lifo: bool) -> None:
+    async def give_up() -> None:
+        queue: AsyncIdleQueue[int] = AsyncIdleQueue(2, use_lifo)
+        with pytest.raises(Empty):
+            await _in_greenlet(queue.get, True, 0.01)
+        cancelled, other = (asyncio.create_task(_in_greenlet(queue.get, True, 5)) for _ in range(2))
+        await asyncio.sleep(0)
+        queue.put(1)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert await other == 1
+        alone = asyncio.create_task(_in_greenlet(queue.get, True, 5))
+        await asyncio.sleep(0)
+        queue.put(1)
+        queue.put(2)
+        alone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await alone
+        assert queue.qsize() == 2
+        assert {queue.get_nowait(), queue.get_nowait()} == {1, 2}
+        for item in (1, 2):
+            queue.put_nowait(item)
+        with pytest.raises(Full):
+            queue.put_nowait(3)
+        assert queue.get(False) == (2 if use_lifo else 1)
+
+    asyncio.run(give_up())

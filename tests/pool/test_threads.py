@@ -427,17 +427,16 @@ def test_a_child_forked_inside_a_creator_leaves_the_parents_gate_alone(tls_url: 
             held.set()
             assert let_go.wait(BOUND)
 
-    connecting = detection.connecting()
-    connecting.__enter__()
+    gate.enter_connect()
     try:
         holder = threading.Thread(target=hold)
         holder.start()
         assert held.wait(BOUND)
         if how == "python":  # its hook waits for the lock, for a bounded time
             let_go.set()
-        run_in_child(connecting.__exit__, None, None, None, how=how, life=10)
+        run_in_child(detection.leave_connect, gate, how=how, life=10)
         let_go.set()
         holder.join(BOUND)
     finally:
-        connecting.__exit__(None, None, None)
+        detection.leave_connect(gate)
     assert not gate._connecting

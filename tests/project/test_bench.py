@@ -33,7 +33,8 @@ ROWS = {
         "per inherited connection",
         "linear from 1 to 1,000",
         "without connections",
-        *(f"os.fork(), {size} connections" for size in (0, 10, 100)),
+        "hook, 1 connection",
+        *(f"os.fork(), {size} connections{what}" for size in (0, 10, 100) for what in ("", ", pages")),
     ],
     "events": ["an event", "structlog's own", "events off"],
     "memory": ["QueuePool, per connection", "PidPool, per connection"],
@@ -47,6 +48,12 @@ ROWS = {
         "a worker's cycle while polled",
         "against beside nobody",
     ],
+    "configured": [
+        "pre-ping",
+        "recycle",
+        *(f"a {name} listener" for name in ("checkout", "checkin", "reset")),
+    ],
+    "async_cycle": ["AsyncPidPool against AsyncAdaptedQueuePool", "with a statement"],
 }
 
 

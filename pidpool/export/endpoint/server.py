@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 from pidpool.export.endpoint import http1
 from pidpool.export.endpoint.app import StatsApp
 from pidpool.forks import detection
-from pidpool.terms import Trigger
 
 if TYPE_CHECKING:
     from pidpool.export.pools import Source
@@ -266,10 +265,10 @@ def _in_url(host: str) -> str:
 _servers: list[StatsServer] = []
 
 
-def _close_in_child(trigger: Trigger, connects_in_flight: int) -> None:
+def _close_in_child(fork: detection.NoticedFork) -> None:
     while _servers:
         _servers.pop()._close_sockets()
 
 
 detection.register_child_callback(_close_in_child)
-detection.register_urgency_check(lambda: bool(_servers))
+detection.register_hook_callback(lambda is_alone: not _servers)  # an inherited port can't wait
