@@ -29,7 +29,7 @@ from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
 from pidpool.forks.takeover import Takeover
-from pidpool.options import check_choice, check_number
+from pidpool.options.checks import check_choice, check_number
 from pidpool.stats import holders, robust_lock
 from pidpool.stats.family import Family
 from pidpool.stats.family_memory import check_name as check_family_name
