@@ -22,6 +22,10 @@ PATIENCE = 0.03
 """Seconds after which a waiting thread is handed the next connection that comes back, before all others. It
 is about the interval at which CPython takes turns between threads."""
 
+LOOK_AGAIN = 0.2
+"""Seconds after which a waiting thread looks again without being woken: the thread that was about to wake it
+may have been interrupted by an exception from a signal handler."""
+
 
 class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
     """A queue with the interface of `sqlalchemy.util.queue.Queue`.
@@ -137,21 +141,19 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         """Have the first waiting thread look again; hand it an item if it has waited for long."""
         try:
             waiter = self._waiters[0]
-            if not waiter.is_due:
-                waiter.wake()
-                return
-            item = self.get(False)
-        except (IndexError, sqlalchemy_queue.Empty):
-            return  # another thread was first
-        try:
-            waiter = self._waiters.popleft()
+            if waiter.is_due:
+                # In one step, since an interrupt between two would lose the item. It keeps its place.
+                waiter.inbox.append(self._pop())
+                self._forget(waiter)
         except IndexError:
-            self.put(item)
-            return
-        waiter.hand(item)
+            return  # another thread was first
+        if waiter.is_closed:
+            self._put_back(waiter)  # it has given up, and may have seen the item or not
+        else:
+            waiter.wake()
 
     def _wait(self, timeout: float | None, since: float | None) -> _T:
-        waiter = _Waiter()
+        waiter: _Waiter = _Waiter()
         deadline = math.inf if timeout is None else waiter.since + timeout
         if since is not None:
             waiter.since = since
@@ -159,64 +161,66 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
             self._waiters.appendleft(waiter)  # it has waited before
         else:
             self._waiters.append(waiter)
-        taken = False
-        item: Any = None
         try:
-            while not waiter.is_handed:
+            while True:
                 waiter.is_awake = False  # before it looks: what comes after that wakes it
-                try:
-                    item = self.get(False)
-                    taken = True
+                if waiter.inbox:
                     break
-                except sqlalchemy_queue.Empty:
+                try:
+                    waiter.inbox.append(self._pop())
+                    break
+                except IndexError:
                     pass
                 now = time.monotonic()
                 if now >= deadline or self._is_abandoned:
                     break
                 waiter.is_due = now >= waiter.since + PATIENCE
-                waiter.sleep(deadline - now if waiter.is_due else min(deadline - now, PATIENCE))
-        except BaseException:
-            # An interrupt, or gevent's timeout: an item that this thread was handed would be lost.
-            if not self._forget(waiter):
-                self.put(waiter.item)
-            if taken:
-                self.put(item)
-            raise
-        else:
-            if not self._forget(waiter):
-                if taken:
-                    self.put(waiter.item)
-                item, taken = item if taken else waiter.item, True
+                waiter.sleep(min(deadline - now, LOOK_AGAIN if waiter.is_due else PATIENCE))
+            waiter.is_closed = True  # before the last look: a thread that hands an item over looks after that
+            self._forget(waiter)
+            item: _T = waiter.inbox.popleft()
+        except IndexError:
+            raise sqlalchemy_queue.Empty from None
         finally:
-            # While this thread was awake, others were not woken.
-            if self.queue and self._waiters:
-                self._serve_a_waiter()
-        if not taken:
-            raise sqlalchemy_queue.Empty
-        result: _T = item
-        return result
+            # An interrupt, or gevent's timeout, or two threads that handed it an item each.
+            waiter.is_closed = True
+            self._forget(waiter)
+            self._put_back(waiter)
+        if self.maxsize > 0:
+            self._free_places.append(None)
+        return item
 
-    def _forget(self, waiter: _Waiter) -> bool:
-        """Take a waiter off the list; False if it was handed an item meanwhile."""
+    def _put_back(self, waiter: _Waiter) -> None:
+        """Put what is left in a waiter's inbox back: an item that is there has kept its place."""
+        if not self._is_abandoned:
+            try:
+                while True:
+                    self.queue.append(waiter.inbox.popleft())
+            except IndexError:
+                pass
+        # While that thread was awake, others were not woken.
+        if self.queue and self._waiters:
+            self._serve_a_waiter()
+
+    def _forget(self, waiter: _Waiter) -> None:
+        """Take a waiter off the list, unless another thread has."""
         try:
             self._waiters.remove(waiter)
         except ValueError:
-            # Taken off by a thread that is about to hand it an item.
-            while not waiter.is_handed:
-                waiter.sleep(PATIENCE)
-            return False
-        return True
+            pass
 
 
 class _Waiter:
     """A thread that waits for an item."""
 
-    __slots__ = ("since", "item", "is_handed", "is_awake", "is_due", "_lock")
+    __slots__ = ("since", "inbox", "is_closed", "is_awake", "is_due", "_lock")
 
     def __init__(self) -> None:
         self.since = time.monotonic()
-        self.item: Any = None
-        self.is_handed = False
+        self.inbox: deque[Any] = deque()
+        """The item that it has got, or was handed."""
+        self.is_closed = False
+        """Whether it waits no more: an item that it is handed now goes back."""
         self.is_awake = False
         self.is_due = False
         # By its name, which gevent and eventlet give to a lock of their own.
@@ -235,12 +239,3 @@ class _Waiter:
                 self._lock.release()
             except RuntimeError:
                 pass  # another thread has woken it at the same time
-
-    def hand(self, item: Any) -> None:
-        """Give the thread an item; it is off the list already."""
-        self.item = item
-        self.is_handed = True
-        try:
-            self._lock.release()
-        except RuntimeError:
-            pass

@@ -1,0 +1,75 @@
+"""Exceptions that a signal handler raises in the middle of the pool, such as a soft time limit's."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import exc
+
+from pidpool import PidPool
+from pidpool._sqlalchemy.idle_queue import PATIENCE
+
+
+class SoftTimeLimit(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    def handle(number: int, frame: object) -> None:
+        raise SoftTimeLimit
+
+    # The test's own time limit is this timer, too.
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    before = signal.signal(signal.SIGALRM, handle)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    signal.setitimer(signal.ITIMER_REAL, left)
+
+
+@pytest.mark.usefixtures("interrupts")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
+def test_an_interrupted_close_leaves_no_thread_waiting_for_ever() -> None:
+    """It may fall between taking the connection for a waiting thread and handing it over."""
+    numbers = random.Random(1)
+    interrupted = 0
+    for _ in range(150):
+        pool = PidPool(
+            lambda: sqlite3.connect(":memory:", check_same_thread=False),
+            pool_size=1,
+            max_overflow=0,
+            timeout=0.3,
+            reset_on_return=None,
+        )
+        held = pool.connect()
+        ended = threading.Event()
+
+        def wait(pool: PidPool = pool, ended: threading.Event = ended) -> None:
+            try:
+                pool.connect().close()
+            except exc.TimeoutError:
+                pass  # the connection was lost with the interrupt
+            finally:
+                ended.set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(PATIENCE + 0.003)  # from then on a connection is handed over
+        try:
+            signal.setitimer(signal.ITIMER_REAL, numbers.uniform(2e-6, 6e-5))
+            held.close()
+            time.sleep(0.0003)
+        except SoftTimeLimit:
+            interrupted += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        assert ended.wait(30), "a thread still waits, though pool_timeout is 0.3 s"
+        waiting.join(30)
+    assert interrupted
