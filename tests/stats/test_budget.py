@@ -288,6 +288,24 @@ def test_a_share_is_of_those_that_have_or_want_permits() -> None:
     assert taken is not None and not first.is_wanted()
 
 
+def test_a_killed_process_that_had_this_ones_pid_has_no_permits() -> None:
+    family = Family(5, 10, limit=2)
+    budget = budget_of(family)
+    earlier = family.join(parent_pid=os.getpid())
+    earlier.cells[process_counters.JOINED] = 1  # before this process was started
+    earlier.cells[PERMITS] = 2
+    budget._head[PERMITS_USED] = 2
+    assert len(take_all(budget)) == 2
+
+
+def test_a_killed_process_that_wanted_a_permit_has_no_share() -> None:
+    family = Family(5, 10, limit=4)
+    budget = budget_of(family)
+    run_in_child(lambda: budget_of(family).begin_wish())
+    kept = take_all(budget)
+    assert len(kept) == 4 and budget.share() == 4
+
+
 def test_a_wish_of_a_killed_process_ends() -> None:
     family = Family(5, 10, limit=2)
     budget = budget_of(family)
