@@ -468,8 +468,10 @@ def test_a_limit_holds_under_load_while_processes_are_killed(
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+    print(f"at most {worst} permits, {worst_on_server} on the server; {len(killed_at)} processes killed")
     assert 10 < worst <= limit and worst_on_server <= limit
     progress = {each.pid: each.counters.checkouts for each in stats.processes}
+    print(f"checkouts of those that lived on: {[progress[pid] for pid in steady]}")
     assert all(progress[pid] > 10 for pid in steady), progress
     assert stats.counters.timeouts == 0
     # No permit was lost.
