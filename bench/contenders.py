@@ -32,7 +32,7 @@ PID = "PidPool"
 
 
 class ListQueue:
-    """A queue that is a list: no lock, no bound, nobody waits."""
+    """A queue that is a list: no lock, no bound, no waiting."""
 
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
@@ -76,7 +76,7 @@ def _add_recipe(target: Engine | Pool) -> None:
 
 
 def pool(name: str, creator: Callable[[], Any] = fake_driver.Connection, **options: Any) -> Pool:
-    """Return the named pool, on the fake driver unless told otherwise."""
+    """Return the named pool, on the fake driver by default."""
     dialect = psycopg2_dialect.dialect(dbapi=fake_driver)
     made: Pool = _CLASSES.get(name, QueuePool)(creator, dialect=dialect, **options)
     add_guard(name, made)

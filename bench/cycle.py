@@ -26,9 +26,9 @@ included. CPU time of the thread, in slices of 200 cycles; all pools are made an
 where their objects happen to lie in memory is worth 2 % (*QueuePool again* is that: the same pool, as a
 contender of its own). *The documented recipe* compares pids in a checkout listener; *oslo.db's guard* is
 the same idea in its own words. *The floor* is SQLAlchemy's own checkout and checkin round a bare list: no
-lock, no bound, nobody can wait. PidPool goes below it where it takes a shorter way than SQLAlchemy's to the
-same end: where nobody listens to a reset or a checkin, nothing is to be recycled and no pre-ping is asked
-for, what would deal with that is not called. The two drivers' own pools, raw, do much less per cycle: no
+lock, no bound, no waiting. PidPool goes below it where it takes a shorter way than SQLAlchemy's to the same
+end: with no listener for a reset or a checkin, no recycling and no pre-ping, the code for these is not
+called. The two drivers' own pools, raw, do much less per cycle: no
 events, no recycling, no objects that return a connection when they are dropped."""
 
 

@@ -81,7 +81,7 @@ class SocketConnection(Connection):
 
     def __init__(self) -> None:
         super().__init__()
-        # One end suffices: nobody talks on it, and 1,000 of them have to fit the limit of open files.
+        # One end suffices: nothing is sent. And 1,000 of them have to fit the limit of open files.
         self._socket, other_end = socket.socketpair()
         other_end.close()
 

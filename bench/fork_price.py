@@ -1,4 +1,4 @@
-"""Question 5: what does a fork pay, in the parent and in the child, for the connections there are?"""
+"""Question 5: what does a fork pay, in the parent and in the child, for the open connections?"""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ QUESTION = "What a fork pays"
 READING = """\
 Each contender is a process of its own, with the fake driver and a real socket per connection; all import
 the same modules, pidpool excepted. CPU time. *The child's hook* is what the child spends until `os.fork()`
-returns: disowning and severing what it inherited. *Its first use* is `pool.status()`, which also tells the
-log what was found (nobody listens here). Both are differences to the same process with a QueuePool, round
-by round. Nearly all of the constant part is the kernel's copying of the memory pages that the child touches
-first. *Linear* compares the price per connection between 100 and 1,000 with that between 1 and 100."""
+returns: disowning and severing what it inherited. *Its first use* is `pool.status()`, which also emits the
+events of the takeover (here no log takes them). Both are differences to the same process with a QueuePool,
+round by round. Nearly all of the constant part is the kernel's copying of the memory pages that the child
+touches first. *Linear* compares the price per connection from 100 to 1,000 with that from 1 to 100."""
 
 SIZES = (1, 10, 100, 1000)
-# A fork of the same process takes up to so many µs more or less, for no reason that could be told.
+# Forks of one and the same process differ by up to so many µs, for no known reason.
 UNTOLD = 30e-6
 LINEAR = (0.5, 1.5)
 

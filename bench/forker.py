@@ -1,4 +1,4 @@
-"""A process with one pool and some open connections that forks when told to, for the questions about forks.
+"""A process with one pool and some open connections that forks on request, for the questions about forks.
 
 Each contender is a process of its own, since pidpool's hooks, once imported, run at every fork of a
 process. `Forker` is the measuring process's side; run as a program, the module is the process that forks.

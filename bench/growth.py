@@ -18,8 +18,8 @@ QUESTION = "How it grows"
 READING = """\
 CPU time of one checkout and checkin in a pool of 1 to 1,000 connections, all idle (so that they take turns)
 or all but one checked out; and, with 1 to 256 processes of a family alive, each with the pool, of a cycle
-in the parent, of its next `os.fork()` and of a snapshot of everybody's numbers. *Flat* allows for what the
-processor's caches make of more memory: the most that QueuePool's own cycle grows by, and a quarter."""
+in the parent, of its next `os.fork()` and of a snapshot of all processes' numbers. *Flat* allows for the
+processor's caches, which more memory slows: the most that QueuePool's own cycle grows by, and a quarter."""
 
 CONNECTIONS = (1, 10, 100, 1000)
 PROCESSES = (1, 16, 64, 256)

@@ -42,7 +42,7 @@ class Scale:
 
 
 def machine() -> str:
-    """Tell what the numbers depend on, and nothing else of the machine."""
+    """Describe the machine, as far as the numbers depend on it."""
     python, toolkit = platform.python_version(), sqlalchemy.__version__
     return f"{os.cpu_count()} CPUs, Python {python}, SQLAlchemy {toolkit}"
 
@@ -91,7 +91,7 @@ def settle() -> None:
 
 
 def alternate(contenders: Mapping[str, Slice], rounds: int) -> dict[str, list[float]]:
-    """Let the contenders take turns, each round in another order: whom one comes after makes a difference."""
+    """Let the contenders take turns, each round in another order: the predecessor makes a difference."""
     names = list(contenders)
     for name in names:
         contenders[name]()  # what happens only once, such as connecting

@@ -1,4 +1,4 @@
-"""Question 9: what does it cost to ask for everybody's numbers, and what do those pay who are asked?"""
+"""Question 9: what do the numbers of a whole family cost, in the reader and in the other processes?"""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ READING = """\
 CPU time of one `family_stats()`, and of one answer of the endpoint, with 1, 64 and 256 processes of a family
 alive, each with five connections, two of them checked out. Then a worker, one of 64 processes, checks out
 and in while another process does nothing, polls `family_stats()` without a pause, or is as busy with
-something that is none of the family's (what a neighbour costs on this machine): CPU time of the worker's
-cycle, compared within each round. Nobody scrapes without a pause; once a second is a hundredth of it."""
+something outside the family (the price of a neighbour on this machine): CPU time of the worker's cycle,
+compared within each round. A real scraper pauses: once a second costs a hundredth of it."""
 
 PROCESSES = (1, 64, 256)
 WORKERS = 64
@@ -40,7 +40,7 @@ POLLED = "while polled"
 BUSY = "beside a busy process"
 
 NOTHING = 1.03
-"""What the machine can't tell: QueuePool differs from itself by about as much, from one moment to another."""
+"""Differences below this are noise: QueuePool differs from itself by about as much between two moments."""
 
 
 def _use(pool: Any, kept: list[object]) -> None:
@@ -84,7 +84,7 @@ def _by_processes(scale: Scale) -> dict[str, list[Spread]]:
 
 @contextmanager
 def _neighbour(poll: Callable[[], object]) -> Iterator[Callable[[int], None]]:
-    """Fork a process that does as it is told: rest, poll, or be busy with something else."""
+    """Fork a process that rests, polls, or is busy with something else, as its pipe says."""
     page = mmap.mmap(-1, mmap.PAGESIZE)  # its first byte: what to do; the second: what is being done
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""Question 2: how many checkouts a second do many threads get out of five connections, and who waits?"""
+"""Question 2: how many checkouts a second do many threads get out of five connections, and how evenly?"""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ second are the sum over all threads, by the clock. The wait is what `connect()` 
 a slice, those that were still waiting at its end included. A thread *starves* if it finished not one cycle
 in a slice in which the others went on. The rows without work are about what the pool's own locks cost: a
 thread that is interrupted while it holds QueuePool's has all others queue up behind it. The rows with 0.2
-ms of work, during which the thread lets go of the interpreter as a driver does, are about who gets the next
-connection; QueuePool's 99th percentile is small there because those who wait never get one, and hardly
-count. On a machine that is busy with other things the threads seldom run at the same time, and QueuePool
-fares better than on an idle one. psycopg2's own pool is not here: it raises when it is empty, nobody can
-wait."""
+ms of work, during which the thread lets go of the interpreter as a driver does, show which thread gets the
+next connection. QueuePool's 99th percentile is small there because its waiting threads never get one, and so
+hardly count. On a machine that is busy with other things the threads seldom run at the same time, and
+QueuePool fares better than on an idle one. psycopg2's own pool is not here: it raises when it is empty, so
+that no thread can wait."""
 
 TARGETS = {4: 2.0, 16: 3.0, 64: 3.0}
 WORK = 0.0002

@@ -13,12 +13,15 @@ from pidpool.tag import ConnectionTag, tag_of
 if TYPE_CHECKING:
     from pidpool.export.endpoint import StatsApp, serve_stats
 
+    __version__: str
+
 __all__ = [
     "AsyncPidPool",
     "ConnectionTag",
     "ForeignConnectionError",
     "PidPool",
     "StatsApp",
+    "__version__",
     "serve_stats",
     "tag_of",
 ]
@@ -30,4 +33,8 @@ def __getattr__(name: str) -> object:
         from pidpool.export import endpoint
 
         return getattr(endpoint, name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("pidpool")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ from typing import Any, cast
 from sqlalchemy import exc
 from sqlalchemy.pool import PoolProxiedConnection
 
+from pidpool._sqlalchemy.address import address_of
 from pidpool._sqlalchemy.checked_out import CheckedOutConnection, check_out
 from pidpool._sqlalchemy.entry import PidPoolEntry
 from pidpool._sqlalchemy.queue_pool import HookedQueuePool
@@ -23,7 +24,7 @@ from pidpool.drivers import Driver, Settings
 from pidpool.errors import ForeignCheckoutError
 from pidpool.events import overdue
 from pidpool.events.pool_events import PoolEvents, held_back
-from pidpool.events.user_code import calling_line
+from pidpool.events.user_code import calling_line, forking_lines
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, takeover
 from pidpool.forks.detection import SETTLED, fork_state
@@ -149,15 +150,16 @@ class PidPool(HookedQueuePool):
         self.pool_events = events or PoolEvents(
             options.get("logging_name"),
             logger,
-            Family(pool_size, -1 if unlimited else max_overflow, family, family_limit),
+            Family(pool_size, -1 if unlimited else max_overflow, hold_warning, family, family_limit),
             detection.mark_unreported,
+            address_of(creator),
         )
         if fork_state[0] != SETTLED:
             detection.settle()
         super().__init__(
             creator,
             pool_size=pool_size,
-            max_overflow=max_overflow,
+            max_overflow=max(-1, max_overflow),  # to QueuePool only -1 is no limit
             timeout=timeout,
             use_lifo=use_lifo,
             **options,
@@ -210,7 +212,7 @@ class PidPool(HookedQueuePool):
     def _report_timeout(self, error: exc.TimeoutError, waited: float) -> None:
         """Count and log a checkout that found no connection; name what keeps the connections."""
         family = self.pool_events.family.read(self.pool_events.pool)
-        tagged = ((each.pidpool_tag, each.checked_out_at) for each in self.entries())
+        tagged = ((each.pidpool_tag, each.checked_out_at) for each in self.records())
         lines = {tag.connection_id: line for tag, line in tagged if tag is not None}
         held_longest = holders.longest(family, lines)
         if self.pool_events.family.name is not None or family.limit is not None:
@@ -310,7 +312,7 @@ class PidPool(HookedQueuePool):
             detection.settle()
         return self.pool_events.family.read(self.pool_events.pool)
 
-    def entries(self) -> list[PidPoolEntry]:
+    def records(self) -> list[PidPoolEntry]:
         """Return this process's pool entries, idle or checked out, in no order."""
         return cast("list[PidPoolEntry]", self.pool_events.counters.entries())
 
@@ -323,14 +325,16 @@ class PidPool(HookedQueuePool):
 
     def note_fork(self, at: float, connections: OpenConnections) -> None:
         """Count and log in the parent that a child was forked; runs in the at-fork hook."""
+        is_any_open = connections.idle or connections.checked_out
+        forked_at = forking_lines() if is_any_open else None
         with held_back():
             self.pool_events.pool_forked(
-                at, connections.idle, connections.checked_out, connections.in_transaction
+                at, connections.idle, connections.checked_out, connections.in_transaction, forked_at
             )
 
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace everything that another thread may have held at the fork; runs in the at-fork hook."""
-        for entry in self.entries():
+        for entry in self.records():
             entry.mark_inherited()
         self.forget_entries()
         self.pool_events.begin_anew(takeover.parent_pid, takeover.trigger)
@@ -339,6 +343,9 @@ class PidPool(HookedQueuePool):
             connections.add(each.state)
         if self.on_foreign == "refuse" and connections.idle:
             self._refusal = _Refusal(takeover.parent_pid, connections.idle)
+        # Noticed lazily, the line that runs now is another one.
+        is_forking = takeover.trigger == "hook" and takeover.connections
+        forked_at = forking_lines() if is_forking else None
         with held_back():
             self.pool_events.pool_adopted(
                 takeover.at,
@@ -348,9 +355,10 @@ class PidPool(HookedQueuePool):
                 connections.checked_out,
                 connections.in_transaction,
                 takeover.connects_in_flight,
+                forked_at,
             )
             for tag, state, action, where in takeover.connections:
-                self.pool_events.connection_inherited(takeover.at, tag, state, action, where)
+                self.pool_events.connection_inherited(takeover.at, tag, state, action, where, forked_at)
 
     def log_waiting_events(self) -> None:
         """Log the events that could not be logged when they happened."""
@@ -404,7 +412,7 @@ class _Refusal:
 def _watched_checkouts() -> Iterator[WatchedCheckout]:
     for pool in takeover.pools():
         if pool.hold_warning is not None:
-            for entry in pool.entries():
+            for entry in pool.records():
                 watched = entry.watched
                 if watched is not None:
                     yield watched

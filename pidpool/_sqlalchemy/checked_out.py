@@ -76,9 +76,10 @@ class CheckedOutConnection(_ConnectionFairy):
             return
         entry.fairy_ref = _GONE  # SQLAlchemy asks whether it is
         with held_back():
-            if entry.is_inherited:
+            if entry.inherited:
                 entry.checkin()
             else:
+                entry.take_part_again()
                 _finalize(entry, self._pool, self._echo)
 
     # -- what it holds
@@ -235,7 +236,7 @@ def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
         theirs._finalizer.detach()
     entry = theirs._connection_record
     # In a child forked in the lines above, the entry has the stand-in for the connection that theirs has.
-    connection = entry.dbapi_connection if entry.is_inherited else theirs.dbapi_connection
+    connection = entry.dbapi_connection if entry.inherited else theirs.dbapi_connection
     ours = CheckedOutConnection(pool, connection, entry, theirs._echo)
     return cast(CheckedOutConnection, _ConnectionFairy._checkout(pool, None, ours))
 

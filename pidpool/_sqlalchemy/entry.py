@@ -39,13 +39,13 @@ class PoolOfEntries(Protocol):
 class PidPoolEntry(_ConnectionRecord):
     """One entry of a pool: SQLAlchemy's `ConnectionPoolEntry`.
 
-    In a child `is_inherited` is set for every entry of the parent's. Such an entry is not counted there and
+    In a child `inherited` is set for every entry of the parent's. Such an entry is not counted there and
     never goes back into the pool.
     """
 
     __slots__ = (
         "owned",
-        "is_inherited",
+        "inherited",
         "close_reason",
         "watched",
         "out_since",
@@ -58,7 +58,7 @@ class PidPoolEntry(_ConnectionRecord):
 
     owned: OwnedConnection | None
     """The connection that it held last; `owned_now` if it still holds it."""
-    is_inherited: bool
+    inherited: bool
     close_reason: CloseReason
     """Why its connection is closed, if it is closed next."""
     watched: WatchedCheckout | None
@@ -75,7 +75,7 @@ class PidPoolEntry(_ConnectionRecord):
     def __init__(self, pool: PoolOfEntries, connect: bool = True, permit: Permit | None = None) -> None:
         self.permit = permit
         self.owned = None
-        self.is_inherited = False
+        self.inherited = False
         self.close_reason = "recycled"
         self.watched = None
         self.out_since = 0
@@ -83,9 +83,6 @@ class PidPoolEntry(_ConnectionRecord):
         self.counters = counters = pool.pool_events.counters
         self.slot_number, self.slot = counters.assign_slot(self)
         super().__init__(cast(Any, pool), connect)
-
-    def __del__(self) -> None:
-        self.counters.release_slot(self)
 
     # -- which connection it holds
 
@@ -127,10 +124,23 @@ class PidPoolEntry(_ConnectionRecord):
 
     def mark_inherited(self) -> None:
         """Note, in a child, that this entry is the parent's, and so is the memory where it counts."""
-        self.is_inherited = True
+        self.inherited = True
         self.slot = SCRATCH
         self.slot_number = self.out_since = 0
         self.watched = None
+
+    def take_part_again(self) -> None:
+        """Register the entry anew if it was collected in a cycle with its checkout, which resurrects it.
+
+        Its weak references are gone then: no list would have it, and no child would find it.
+        """
+        if self.counters.has_slot(self):
+            return
+        self.slot_number, self.slot = self.counters.assign_slot(self)
+        owned = self.owned_now
+        if owned is not None:
+            owned.renew(self.dbapi_connection, self)
+            write_connection(self.slot, owned.tag)
 
     def own(self, owned: OwnedConnection) -> None:
         """Note which connection the entry holds from now on."""
@@ -189,12 +199,16 @@ class PidPoolEntry(_ConnectionRecord):
         # Every connect and reconnect of an entry passes here, its first-connect events included. A fork has
         # to wait for all of it: a dialect half initialised by another thread would stay so in the child.
         self.close_reason = "failed"
+        started = time.perf_counter()
         try:
             if self.permit is None:
                 self.permit = self.pidpool.wait_for_permit()
             with detection.connecting():
                 started = time.perf_counter()
                 super()._ConnectionRecord__connect()  # type: ignore[misc]
+        except BaseException as error:
+            self.pool_events.connection_failed(error, time.perf_counter() - started)
+            raise
         finally:
             self.close_reason = "recycled"
             if self.permit is not None:  # no connection was opened
@@ -230,7 +244,7 @@ class PidPoolEntry(_ConnectionRecord):
     def _let_go_if_inherited(self) -> bool:
         if fork_state[0] == FORKED:
             detection.notice_fork()
-        if not self.is_inherited:
+        if not self.inherited:
             return False
         self.finalize_callback.clear()
         self.dbapi_connection = None

@@ -329,7 +329,7 @@ class HookedQueuePool(QueuePool):
         if fork_state[0] == FORKED:
             detection.notice_fork()
         entry: Any = record  # not cast(): these lines run with every checkin
-        if entry.is_inherited:
+        if entry.inherited:
             return  # it was never counted here
         if entry.watched is not None:
             entry.watched.log_return()

@@ -1,5 +1,5 @@
-"""The command ``pidpool``. Each subcommand is a module here, imported when it is called: what one of
-them needs is not needed by the others. Such a module has one `click.Command`, named ``command``.
+"""The command ``pidpool``. Each subcommand is a module here, imported only when it is called: none needs the
+packages of another. Such a module has one `click.Command`, named ``command``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _COMMANDS = {
 }
 
 MISSING = 2
-"""The exit status where a package of an extra is missing."""
+"""The exit status if a package of an extra is missing."""
 
 _UNWRITTEN = 2
 
@@ -33,15 +33,15 @@ def main() -> None:
     try:
         commands()
     except OSError as error:
-        # A full disk under the output, above all. Not status 1, which is what was found.
+        # Above all a full disk under the output. Not status 1, which stands for a finding.
         sys.stderr.write(f"pidpool: {error.filename or 'the output'}: {error.strerror or error}\n")
-        # What is still to be flushed goes nowhere, instead of failing once more.
+        # The interpreter's last flush goes nowhere, so that it does not fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(_UNWRITTEN)
 
 
 def _extra_of(arguments: Sequence[str]) -> str:
-    """Return the extra that brings all that the command line asks for, to be named at once."""
+    """Return the one extra that brings all packages for this command line."""
     return "demo" if arguments[:1] == ["demo"] else "cli"
 
 
@@ -73,7 +73,7 @@ def _group() -> click.Group:
             return list(_COMMANDS)
 
         def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-            # Without importing them all.
+            # Without importing the commands.
             with formatter.section("Commands"):
                 formatter.write_dl(list(_COMMANDS.items()))
 

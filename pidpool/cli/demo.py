@@ -1,19 +1,21 @@
-"""``pidpool demo``: measures what goes wrong at a fork with SQLAlchemy's own pool, with and without
-what its documentation says of forks, and with PidPool, on a real PostgreSQL. Needs ``pidpool[demo]``.
+"""``pidpool demo`` measures the failures of a fork on a real PostgreSQL. Needs ``pidpool[demo]``.
+
+It compares SQLAlchemy's own pool, the same pool with either of the two remedies that SQLAlchemy's
+documentation names, and PidPool.
 
 With ``--json`` standard output is one document:
 
 ``clean``
-    true if PidPool failed in nothing (the exit status says the same).
+    true if PidPool had no failure (exit status 0).
 ``iterations``, ``seconds``
-    what was asked for, and how long the run took.
+    the ``--iterations`` of this run, and its time.
 ``versions``
     by name: pidpool, SQLAlchemy, PostgreSQL, Python.
 ``server``
-    ``version``, and ``embedded``: whether it was the demo's own.
+    ``version``, and ``embedded``: whether the demo started it.
 ``failures``
     a list of ``{"name", "title", "contenders"}``; ``contenders`` maps ``queuepool``, ``events``,
-    ``dispose`` and ``pidpool`` to what was measured: always ``failed`` and ``text`` (the table's
+    ``dispose`` and ``pidpool`` to the measurements: always ``failed`` and ``text`` (the table's
     cell), and
 
     * ``replaced_session``: ``iterations``, ``done``, ``error``
@@ -23,15 +25,15 @@ With ``--json`` standard output is one document:
     * ``forked_with_threads``: ``forks``, ``children_hung``, ``children_failed``,
       ``hung_after_seconds``, ``parent_errors``, ``error``
 
-    and ``tls``: whether the connections had it. Where a measurement broke off it has ``broken`` (why)
-    and ``stderr`` (its end) instead.
+    and ``tls``: whether the connections had it. A measurement that broke off has ``broken`` (the
+    reason) and ``stderr`` (its end) instead.
 ``complaints``
-    by contender the lines of the server's log that tell of harm, those about the killed parent left
-    out; null with ``--database``.
+    by contender the lines of the server's log that show harm, without those about the killed parent;
+    null with ``--database``.
 ``speed``
     ``tls``, and ``microseconds``: the median time of a ``SELECT 1`` by contender and for ``nullpool``.
 ``unexpected``
-    a list of ``{"name", "contender"}``: what is known to fail and has not in this run.
+    a list of ``{"name", "contender"}``: failures that are known and did not occur in this run.
 """
 
 from __future__ import annotations
@@ -60,30 +62,32 @@ _NOT_RUN = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@click.command("demo")
+@click.command("demo", epilog="\b\nExample:\n  pidpool demo --iterations 3")
 @click.option(
     "--iterations",
     type=click.IntRange(1, 10000),
     default=20,
     show_default=True,
-    help="How many turns, commits and forks each failure is given.",
+    help="How many turns, commits or forks each measurement makes.",
 )
 @click.option(
     "--database",
     metavar="URL",
-    help="A SQLAlchemy URL of a PostgreSQL to use instead of one started for this run. Tables named "
-    "pidpool_demo_... are created there and dropped. Its log can't be read, so complaints are unknown.",
+    help="SQLAlchemy URL of a PostgreSQL to use. Default: start one for this run. The demo creates tables "
+    "named pidpool_demo_... there and drops them. It can't read that server's log, so the table shows "
+    "complaints as unknown.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output instead of a table.")
 def command(iterations: int, database: str | None, as_json: bool) -> None:
     """Fork over a real PostgreSQL with TLS: SQLAlchemy's pool, then pidpool.
 
-    Runs the same failures with QueuePool, with QueuePool and either of the two ways that SQLAlchemy's
-    documentation names for processes that fork, and with PidPool; takes about half a minute. All that
-    the table says is measured in this run. The PostgreSQL is started for it, on 127.0.0.1, and removed.
+    Measures each failure with four pools: QueuePool, QueuePool with either of the two remedies that
+    SQLAlchemy's documentation names for processes that fork, and PidPool. Takes about half a minute.
+    Every number in the table is measured in this run. The demo starts a PostgreSQL on 127.0.0.1 and
+    removes it at the end.
 
-    Exit status: 0 if PidPool failed in nothing, 1 if it did, 2 if the demo could not be run, 130 after
-    Ctrl-C. What the other pools do has no part in it.
+    Exit status: 0 if PidPool had no failure, 1 if it had one, 2 if the demo could not run, 130 after
+    Ctrl-C. The other pools' failures do not count.
     """
     with _ended_by_signals():
         with needing("demo"):
@@ -114,15 +118,15 @@ def _measure(iterations: int, database: str | None) -> tuple[Results, dict[str, 
                 url, plain_url = _given(database)
                 log = None
             server = {"version": _server_version(url), "embedded": log is not None}
-            return measure_all(url, plain_url, iterations, log, progress.tell), server
+            return measure_all(url, plain_url, iterations, log, progress.step), server
     except (EmbeddedPostgresError, TableLeft) as error:
         _give_up(str(error))
     except DBAPIError as error:
-        _give_up(f"the database answers: {str(error.orig).strip()}")
+        _give_up(f"the database reports: {str(error.orig).strip()}")
 
 
-def _give_up(why: str) -> NoReturn:
-    sys.stderr.write(f"pidpool demo: {why}\n")
+def _give_up(reason: str) -> NoReturn:
+    sys.stderr.write(f"pidpool demo: {reason}\n")
     sys.exit(_NOT_RUN)
 
 
@@ -137,10 +141,10 @@ def _embedded(progress: _Progress) -> Iterator[tuple[URL, URL, ServerLog]]:
 
     if not sys.platform.startswith("linux"):
         _give_up(
-            f"its own PostgreSQL needs Linux, and this is {sys.platform}; name a server of yours instead: "
+            f"the demo's own PostgreSQL needs Linux, and this is {sys.platform}; name a server of yours: "
             "pidpool demo --database postgresql://user@host/name"
         )
-    progress.say("Starting a PostgreSQL with TLS")
+    progress.status("Starting a PostgreSQL with TLS")
     server = EmbeddedPostgres()
     try:
         server.start()
@@ -148,14 +152,14 @@ def _embedded(progress: _Progress) -> Iterator[tuple[URL, URL, ServerLog]]:
         sys.stderr.write(f"pidpool: {error}; or name a server of yours with --database URL\n")
         sys.exit(MISSING)
     with server:
-        progress.say(
+        progress.status(
             f"Started PostgreSQL {server.version} with TLS: pid {server.pid}, 127.0.0.1 port {server.port}"
         )
         yield make_url(server.url(tls=True)), make_url(server.url(tls=False)), server
 
 
 def _given(database: str) -> tuple[URL, URL]:
-    """Return the URL to use, and the same without TLS where the server takes such a client."""
+    """Return the URL to use, and the same without TLS if the server takes such a client."""
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
@@ -171,17 +175,17 @@ def _given(database: str) -> tuple[URL, URL]:
             f"--database takes a URL with postgresql+psycopg2 or postgresql+psycopg, not {url.drivername}"
         )
     if "@" in (url.host or ""):
-        raise click.UsageError("--database has more than one @; write one that is in a password as %40")
+        raise click.UsageError("--database has more than one @; write an @ in the password as %40")
     if "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": "10"})
     plain_url = url.update_query_dict({"sslmode": "disable"})
     try:
         _server_version(url)
     except DBAPIError as error:
-        why = " ".join(str(error.orig).split())
+        reason = " ".join(str(error.orig).split())
         _give_up(
-            f"--database can't be connected to: {why}; check its host, port, name, user and password, or "
-            "leave it out: then a PostgreSQL is started for the run"
+            f"can't connect to the --database: {reason}; check its host, port, name, user and password, or "
+            "leave it out: the demo then starts a PostgreSQL of its own"
         )
     try:
         _server_version(plain_url)
@@ -205,7 +209,7 @@ def _server_version(url: URL) -> str:
 
 
 class _Progress:
-    """One line for each result, and in a terminal a bar below them."""
+    """Prints one line for each result, and in a terminal a bar below them."""
 
     def __init__(self, steps: int) -> None:
         from rich.console import Console
@@ -236,15 +240,15 @@ class _Progress:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 self._bar.stop()
 
-    def say(self, what: str) -> None:
-        """Tell what is going on now."""
+    def status(self, text: str) -> None:
+        """Show the present activity."""
         if self._bar is None:
-            self._print(what)
+            self._print(text)
         else:
-            self._bar.update(self._task, description=what, completed=self._done)
+            self._bar.update(self._task, description=text, completed=self._done)
 
-    def tell(self, title: str, contender: str, verdict: Verdict | None) -> None:
-        """Tell of a measurement before and after it."""
+    def step(self, title: str, contender: str, verdict: Verdict | None) -> None:
+        """Show a measurement: before it without a verdict, after it with one."""
         if title != self._title:
             self._title = title
             self._print(title)
@@ -267,11 +271,11 @@ class _Progress:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Leave by SystemExit with 128 + the signal, so that everything on the way is undone."""
+    """Leave by SystemExit with 128 + the signal, so that every context manager on the way cleans up."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         for each in before:
-            signal.signal(each, signal.SIG_IGN)  # what follows is short, and must not be cut off
+            signal.signal(each, signal.SIG_IGN)  # the clean-up is short, and must not be interrupted
         raise SystemExit(128 + number)
 
     before: dict[signal.Signals, Any] = {}

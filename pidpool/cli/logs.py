@@ -1,4 +1,4 @@
-"""``pidpool logs``: reads event logs and tells who forked whom, what leaked, and what took long.
+"""``pidpool logs``: reads event logs and shows the process tree, the leaks, and the longest waits and holds.
 
 The reading and the summary are in pidpool/tools/logs; here are the options, the progress bar and the exit.
 """
@@ -24,19 +24,17 @@ from pidpool.tools.logs.reading import Source, Unreadable
 from pidpool.tools.logs.summary import Summary
 
 USAGE = 2
-"""The exit status where a log can't be read or the page can't be written."""
+"""The exit status if a log can't be read or the page can't be written."""
 
 LEAKED = 1
-"""The exit status of ``--check`` where a connection with an open transaction crossed a fork."""
+"""The exit status of ``--check`` if a connection with an open transaction crossed a fork."""
 
 
 @click.command("logs", epilog="\b\nExample:\n  pidpool logs --html timeline.html app.log app.log.1")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("-f", "--follow", is_flag=True, help="Go on reading what is written; Ctrl-C for the summary.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text, for programs.")
-@click.option(
-    "--html", "html", type=click.Path(), metavar="FILE", help="Write a page with a timeline as well."
-)
+@click.option("-f", "--follow", is_flag=True, help="Go on reading new events; Ctrl-C for the summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@click.option("--html", "html", type=click.Path(), metavar="FILE", help="Also write a page with a timeline.")
 @click.option("--check", is_flag=True, help="Exit with 1 if an open transaction crossed a fork.")
 @click.option(
     "--top",
@@ -53,11 +51,11 @@ def command(
     FILE is a log of JSON lines as structlog's JSONRenderer writes them, plain or gzipped; - is the standard
     input. Several logs are read as one, in the order of their events: those of many processes, or one with
     its rotated predecessors (app.log app.log.1 app.log.2.gz). Their pids have to be those of one machine or
-    container. Other lines are counted and passed over.
+    container. Other lines are counted and skipped.
 
-    Checkouts are told at level DEBUG; without them the tree and the leaks are there, holds are not.
+    Checkouts are logged at level DEBUG. Without them the tree and the leaks are shown, but no holds.
 
-    Exit status: 0; 1 with --check if a connection crossed a fork with a transaction open, or perhaps open; 2
+    Exit status: 0; 1 with --check if a connection crossed a fork with an open transaction, or perhaps one; 2
     if a log can't be read.
     """
     try:
@@ -78,7 +76,7 @@ def command(
     except Unreadable as error:
         if not follow:
             _fail(str(error))
-        broken = str(error)  # after the summary of what was read up to now
+        broken = str(error)  # after the summary of the events read up to here
     except BrokenPipeError:
         _close_stdout()
     except KeyboardInterrupt:
@@ -100,7 +98,7 @@ def _follow(sources: Sequence[Source], summary: Summary, quiet: bool) -> None:
 
     def stop(number: int, frame: object) -> None:
         stopping.append(number)
-        signal.signal(number, before)  # a second one ends it at once
+        signal.signal(number, before)  # a second Ctrl-C ends the program at once
 
     def stopped() -> bool:
         return bool(stopping)
@@ -135,7 +133,7 @@ def _progress(sources: Sequence[Source]) -> Iterator[Any]:
         yield advance
 
 
-# -- what comes out
+# -- output
 
 
 def _width() -> int:
@@ -154,14 +152,14 @@ def _print(text: str) -> None:
 
 
 def _write(text: str) -> None:
-    # Whatever encoding the terminal has: a sign that it lacks is no reason to fail.
+    # A character that the terminal's encoding lacks is no reason to fail.
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 
 
 def _close_stdout() -> None:
-    """Let the interpreter's last flush go nowhere: whoever read the output has seen enough."""
+    """Let the interpreter's last flush go nowhere: the reader of the pipe has closed it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

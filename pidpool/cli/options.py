@@ -1,4 +1,4 @@
-"""Options that several commands have, so that they are described and checked alike."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 def interval(help_text: str) -> Callable[[Decorated], Decorated]:
     """Return the option ``--interval``: seconds, 2 by default, at least 0.1.
 
-    :param help_text: what the command waits for.
+    :param help_text: says what the command waits for.
     """
     return click.option(
         "--interval",

@@ -1,5 +1,5 @@
-"""``pidpool ps``: shows which processes hold a database socket together, and what to do about it. The
-finding itself is in sockets.py.
+"""``pidpool ps``: shows which processes hold a database socket together, and what to do about it. The search
+itself is in tools/ps/sockets.py.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from rich.text import Text
 
 from pidpool.cli.options import interval as interval_option
 from pidpool.tools.ps import sockets
-from pidpool.tools.ps.sockets import Holder, Owner, Process, Scan, SharedSocket
+from pidpool.tools.ps.processes import Process
+from pidpool.tools.ps.sockets import Holder, Owner, Scan, SharedSocket
 from pidpool.tools.text import age, printable
 
 FOUND = 1
 """The exit status of ``--check`` if there is a shared socket."""
 
 UNABLE = 2
-"""The exit status where nothing can be looked at; also click's own for a wrong usage."""
+"""The exit status if nothing can be looked at; also click's own for a wrong usage."""
 
-
-# In a line of 80 columns the program's name and its options matter more than where it lies.
+# In a line of 80 columns the program's name and its options matter more than its directory.
 _PATH = re.compile(r"(?<!\S)/\S*/")
 
 
@@ -45,8 +45,8 @@ _PATH = re.compile(r"(?<!\S)/\S*/")
     help="A further remote port that leads to a database; may be repeated.",
 )
 @click.option("--check", is_flag=True, help="Exit with 1 if such a socket is found.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch a line for each look.")
-@click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, one line for each scan.")
+@click.option("--watch", is_flag=True, help="Repeat the scan until Ctrl-C.")
 @interval_option("How long --watch waits between two scans.")
 def command(
     pids: tuple[int, ...], ports: tuple[int, ...], check: bool, as_json: bool, watch: bool, interval: float
@@ -55,17 +55,17 @@ def command(
 
     Looks at running processes from the outside, through /proc: nothing has to be changed in the
     application, and nothing is sent to the database. A process that holds a connection of another one
-    can end its transaction or break its TLS. With PIDs, only the sockets that these processes or their
-    descendants hold.
+    can end its transaction or break its TLS. With PIDs, only sockets that these processes or their
+    descendants hold are shown.
 
-    A database is what the usual ports of PostgreSQL, PgBouncer, MySQL, SQL Server and Oracle lead to,
-    whatever a database server on this machine is at the other end of, on any port or unix socket, and
-    what --port names.
+    A socket leads to a database if its remote port is a usual one of PostgreSQL, PgBouncer, MySQL, SQL
+    Server or Oracle, or one given with --port, or if a database server on this machine holds its other
+    end, on any port or unix socket.
 
     Sees the processes of its own user; as root, all. Linux only.
 
-    Exit status: 0; 1 with --check if such a socket is found; 2 if a PID is of no process or, with --check
-    and none found, of one that could not be looked into.
+    Exit status: 0; 1 with --check if such a socket is found; 2 if a PID does not exist or, with --check
+    and no such socket found, could not be looked into.
     """
     if sys.platform != "linux":
         click.echo(f"pidpool ps: needs the /proc of Linux; this is {sys.platform}", err=True)
@@ -74,7 +74,7 @@ def command(
         click.echo("pidpool ps: /proc is not there; mount it (mount -t proc proc /proc)", err=True)
         sys.exit(UNABLE)
     if check and watch:
-        raise click.UsageError("--check looks once and --watch does not end; leave one out")
+        raise click.UsageError("--check scans once and --watch does not end; leave one out")
     if watch:
         _watch(pids, ports, as_json, interval)
         return
@@ -86,7 +86,7 @@ def command(
     if check and scan.sockets:
         sys.exit(FOUND)
     if check and pids and scan.unreadable:
-        sys.exit(UNABLE)  # that none was found says nothing then
+        sys.exit(UNABLE)  # a process that was asked for may hold one unseen
 
 
 def _find(pids: Sequence[int], ports: Sequence[int]) -> Scan:
@@ -172,13 +172,13 @@ def where(found: SharedSocket) -> str:
 def meaning(found: SharedSocket) -> str:
     """Say in one sentence what a shared socket can do and what helps."""
     others = [str(holder.pid) for holder in found.inheritors]
-    who = f"pid {others[0]}" if len(others) == 1 else f"pids {', '.join(others[:-1])} and {others[-1]}"
+    senders = f"pid {others[0]}" if len(others) == 1 else f"pids {', '.join(others[:-1])} and {others[-1]}"
     harm = "end its transactions unasked"
     if found.family != "unix":
         harm += " or, over TLS, break its connection"
     return (
-        f"Whatever {who} may send, even a finalizer's rollback, goes into the server session of pid "
-        f"{found.owner.pid} and can {harm}: "
+        f"Anything that {senders} may send, even a finalizer's rollback, goes into the server session of "
+        f"pid {found.owner.pid} and can {harm}: "
         "give the engine poolclass=PidPool, or open no connection before the fork."
     )
 

@@ -1,5 +1,5 @@
-"""``pidpool top``: a live view of a stats endpoint in the terminal, the family as a tree. What the
-endpoint says is read in tools/top/client.py.
+"""``pidpool top``: a live view of a stats endpoint in the terminal, the family as a tree. The answers are
+read in tools/top/client.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pidpool.tools.top.client import Family, Member, Rates, StatsUnavailable, Ta
 from pidpool.tools.tree import branch, walk
 
 UNAVAILABLE = 1
-"""The exit status if the endpoint gives no stats at the first time of asking."""
+"""The exit status if the first request gets no stats."""
 
 _WIDE = 110
-"""Columns from which on each process is shown with what it inherited."""
+"""Columns; a terminal at least as wide also shows what each process inherited."""
 
 
 @click.command(epilog="\b\nExample:\n  pidpool top --interval 5 http://127.0.0.1:9432/")
@@ -36,14 +36,14 @@ _WIDE = 110
     metavar="TOKEN",
     help="The endpoint's bearer token. Better given in PIDPOOL_TOKEN: other users see a command's options.",
 )
-@click.option("--once", is_flag=True, help="Print what is now, and exit; so it is without a terminal, too.")
+@click.option("--once", is_flag=True, help="Print one answer and exit; also the default without a terminal.")
 def command(url: str, interval: float, token: str | None, once: bool) -> None:
     """Watch a stats endpoint in the terminal.
 
-    URL is where serve_stats() or StatsApp is, such as http://127.0.0.1:9432/. Rates and times are those
-    of the last interval, and with --once those since the start. Ctrl-C ends.
+    URL is the address of serve_stats() or StatsApp, such as http://127.0.0.1:9432/. Rates and times are
+    those of the last interval; with --once, those since the start. Ctrl-C ends.
 
-    Exit status: 0; 1 if there are no stats at the first time of asking; 2 if URL is no address of HTTP.
+    Exit status: 0; 1 if the first request gets no stats; 2 if URL is no address of HTTP.
     """
     try:
         address = stats_url(url)
@@ -98,8 +98,8 @@ def _shown(
     families: Sequence[Family], before: Mapping[str, Family], width: int, height: int | None
 ) -> RenderableType:
     if not families:
-        return Text("The endpoint has no pool to tell of.")
-    # Beside its processes a family takes 9 lines, 10 with a limit, and the heading 2.
+        return Text("The endpoint has no pool.")
+    # A family takes 9 lines besides its processes, 10 with a limit, and the heading 2.
     lines = 9 + any(family.limit is not None for family in families)
     rows = None if height is None else max(1, (height - 2) // len(families) - lines)
     return Group(*(_family(family, before.get(family.pool), width, rows) for family in families))
@@ -209,7 +209,7 @@ def _row(before_name: str, member: Member, now: Rates, live: bool, wide: bool, a
         Text(str(member.idle)),
         Text(str(member.used)),
         Text(str(member.waiting), "bold yellow" if member.waiting else ""),
-        # Counted from minus pool_size, as QueuePool does; below zero nothing has flowed over.
+        # Counted from minus pool_size, as QueuePool does; below zero there is no overflow.
         Text(str(max(0, member.overflow))),
         Text("–" if member.maximum is None else str(member.maximum)),
         Text(checkouts),
@@ -221,8 +221,8 @@ def _row(before_name: str, member: Member, now: Rates, live: bool, wide: bool, a
 
 
 def _tree(members: Sequence[Member]) -> Iterator[tuple[str, Member]]:
-    """Yield the processes with the branches before them; an ended one only above running ones."""
-    # Of several processes that had one pid in turn, the one that runs.
+    """Yield the processes with the branches before them; an ended one only if a descendant runs."""
+    # Of several processes that had one pid in turn, the running one.
     by_pid = {member.pid: member for member in sorted(members, key=lambda member: member.alive)}
     shown: set[int] = set()
     for member in by_pid.values():

@@ -33,6 +33,10 @@ class Driver:
         """Return whether a transaction is open on the server; None if that is not known."""
         return None
 
+    def is_busy(self, connection: Any) -> bool | None:
+        """Return whether a call is in flight on the connection; None if that is not known."""
+        return None
+
     def settings(self, connection: Any) -> Settings | None:
         """Return what the driver would send with its next transaction; None if that is not known."""
         return None

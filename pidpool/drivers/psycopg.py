@@ -17,6 +17,9 @@ class Psycopg(PostgreSQL):
             return None
         return bool(connection.pgconn.transaction_status != 0)  # PQTRANS_IDLE
 
+    def is_busy(self, connection: Any) -> bool | None:
+        return bool(connection.pgconn.transaction_status == 1)  # PQTRANS_ACTIVE
+
     def settings(self, connection: Any) -> Settings | None:
         return {
             "isolation_level": connection.isolation_level,
@@ -36,6 +39,9 @@ class AsyncPsycopg(Psycopg):
 
     def in_transaction(self, connection: Any) -> bool | None:
         return super().in_transaction(connection.driver_connection)
+
+    def is_busy(self, connection: Any) -> bool | None:
+        return super().is_busy(connection.driver_connection)
 
     def settings(self, connection: Any) -> Settings | None:
         return super().settings(connection.driver_connection)

@@ -19,6 +19,9 @@ class Psycopg2(PostgreSQL):
             return None
         return bool(connection.get_transaction_status() != 0)  # PQTRANS_IDLE
 
+    def is_busy(self, connection: Any) -> bool | None:
+        return bool(connection.get_transaction_status() == 1)  # PQTRANS_ACTIVE
+
     def settings(self, connection: Any) -> Settings | None:
         return {
             # isolation_level, readonly and deferrable first: psycopg2 sends them at once, by SQL,

@@ -13,5 +13,8 @@ class SQLite(Driver):
     def in_transaction(self, connection: Any) -> bool | None:
         return bool(connection.in_transaction)
 
+    def is_busy(self, connection: Any) -> bool | None:
+        return False  # it has no socket
+
     def settings(self, connection: Any) -> Settings | None:
         return {"isolation_level": connection.isolation_level}

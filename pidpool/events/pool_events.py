@@ -4,7 +4,6 @@ arguments, so a misspelt or missing one fails the type check.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
@@ -16,6 +15,7 @@ from contextvars import Context, copy_context
 from typing import Any
 
 from pidpool.events.logger import EventLogger
+from pidpool.events.pool_names import name_for
 from pidpool.stats.family import Family
 from pidpool.stats.process_counters import Count
 from pidpool.stats.snapshots import FamilyStats
@@ -26,8 +26,6 @@ MOST_WAITING = 10_000
 """Events that wait at most for the next use of the pool; the newest are kept."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
-
-_numbers = itertools.count(1)
 
 
 class _Thread(threading.local):
@@ -81,19 +79,25 @@ class PoolEvents:
     Any thread may call the methods. In a block of `held_back` they log nothing: the event waits for
     `log_waiting`.
 
-    :param pool: the pool's name in every event; None for the family's, or ``pool-<number>``.
+    :param pool: the pool's name in every event; None for the family's, or one that is made of `address`.
     :param logger: see `EventLogger`.
     :param family: the shared memory in which the process's counters are.
     :param note_waiting: called when an event begins to wait.
+    :param address: ``host:port/database``; None if it is not known.
     """
 
     def __init__(
-        self, pool: str | None, logger: Any, family: Family, note_waiting: Callable[[], object] = object
+        self,
+        pool: str | None,
+        logger: Any,
+        family: Family,
+        note_waiting: Callable[[], object] = object,
+        address: str | None = None,
     ) -> None:
         self.family = family
         self.counters = family.join()
         self.budget = family.budget_for(self.counters)
-        self.pool = pool or family.name or f"pool-{next(_numbers)}"
+        self.pool = pool or family.name or name_for(self, address)
         self._pid = os.getpid()
         self._logger = EventLogger(logger)
         self.is_enabled = self._logger.is_enabled
@@ -116,6 +120,17 @@ class PoolEvents:
         over = self.family.exceeds_server(self.pool)
         if over is not None:
             self.pool_over_maximum(over.alive, over.maximum, over.server_max_connections)
+
+    def connection_failed(self, error: BaseException, create_time: float) -> None:
+        """A connect failed after `create_time` seconds."""
+        self.counters.add_failed(self.family.error_types.number_of(error))
+        # The class alone: a driver's message may quote the DSN.
+        self._emit(
+            "warning",
+            "connection.failed",
+            error=type(error).__name__,
+            create_time=round(create_time, 6),
+        )
 
     def connection_checked_out(self, tag: ConnectionTag, wait_time: float) -> None:
         """A checkout succeeded; `wait_time` in seconds, with pre-ping and connecting if needed.
@@ -172,6 +187,7 @@ class PoolEvents:
         self, tag: ConnectionTag | None, held: float, hold_warning: float, where: str | None
     ) -> None:
         """A checkout has lasted longer than the pool's `hold_warning` seconds; logged once."""
+        self.counters.add(Count.OVERDUE)
         self._emit(
             "warning", "checkout.overdue", tag, held=round(held, 6), hold_warning=hold_warning, where=where
         )
@@ -191,8 +207,13 @@ class PoolEvents:
 
     # -- forks
 
-    def pool_forked(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
-        """The parent forked a child, with so many connections open; logged if there was one."""
+    def pool_forked(
+        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
+    ) -> None:
+        """The parent forked a child, with so many connections open; logged if there was one.
+
+        `forked_at` is the line that forked with its callers (`user_code.forking_lines`), here and below.
+        """
         self.counters.add(Count.FORKS)
         if idle or checked_out:
             self._emit(
@@ -202,6 +223,7 @@ class PoolEvents:
                 idle=idle,
                 checked_out=checked_out,
                 in_transaction=in_transaction,
+                forked_at=forked_at,
             )
 
     def pool_adopted(
@@ -213,6 +235,7 @@ class PoolEvents:
         checked_out: int,
         in_transaction: int,
         connects_in_flight: int,
+        forked_at: str | None,
     ) -> None:
         """A forked child took the pool over; `trigger` names what noticed the fork.
 
@@ -229,10 +252,17 @@ class PoolEvents:
             checked_out=checked_out,
             in_transaction=in_transaction,
             connects_in_flight=connects_in_flight,
+            forked_at=forked_at,
         )
 
     def connection_inherited(
-        self, at: float, tag: ConnectionTag, state: StateAtFork, action: SocketAction, where: str | None
+        self,
+        at: float,
+        tag: ConnectionTag,
+        state: StateAtFork,
+        action: SocketAction,
+        where: str | None,
+        forked_at: str | None,
     ) -> None:
         """The cross-process leak: the child logs one for each inherited connection.
 
@@ -240,7 +270,16 @@ class PoolEvents:
         """
         self.counters.add_inherited(state, severed=action == "severed")
         level = "warning" if state in ("in transaction", "unknown") else "info"
-        self._emit(level, "connection.inherited", tag, at=at, state=state, action=action, where=where)
+        self._emit(
+            level,
+            "connection.inherited",
+            tag,
+            at=at,
+            state=state,
+            action=action,
+            where=where,
+            forked_at=forked_at,
+        )
 
     def connection_replaced(self, inherited: ConnectionTag, tag: ConnectionTag | None) -> None:
         """A checkout goes on with a connection of this process's own."""

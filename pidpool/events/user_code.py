@@ -1,14 +1,23 @@
-"""Which line of the user's code is running: the nearest caller outside of SQLAlchemy and pidpool. Looked up
-at a checkout only for pools with `hold_warning`.
+"""Which line of the user's code is running: at a checkout the nearest caller outside of SQLAlchemy and
+pidpool, looked up only for pools with `hold_warning`; at a fork the line that forked, looked up only if a
+connection is open.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from types import CodeType, FrameType
 
 # By the module and not by the file: SQLAlchemy's generated functions have neither.
 _NOT_THE_USERS = frozenset(["sqlalchemy", "pidpool", "contextlib", ""])
+
+_MOST_AT_A_FORK = 4
+"""The line that forked and three callers."""
+
+_STANDARD_LIBRARY = (os.path.dirname(os.__file__) + os.sep, "<frozen ")
+_SCRIPTS = os.path.dirname(sys.executable) + os.sep
+"""The starting scripts of installed commands are no user's code."""
 
 
 class CodeLine:
@@ -36,10 +45,39 @@ def calling_line() -> CodeLine | None:
     return found
 
 
+def forking_lines() -> str | None:
+    """Return the line of the user's code that forks and its callers, nearest first, separated by `` < ``.
+
+    May be called inside an at-fork hook. The user's code is what is neither the standard library
+    (multiprocessing, concurrent.futures) nor installed beside it (gunicorn, billiard). If no line of the
+    user's code is running, as when gunicorn forks its workers, it is the lines of the installed package.
+    """
+    found: list[list[str]] = [[], [], []]
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and len(found[0]) < _MOST_AT_A_FORK:
+        if _is_outside(frame):
+            lines = found[_distance(frame.f_code.co_filename)]
+            if len(lines) < _MOST_AT_A_FORK:
+                lines.append(str(CodeLine(frame.f_code, frame.f_lineno)))
+        frame = frame.f_back
+    return " < ".join(next(filter(None, found), [])) or None
+
+
+def _distance(filename: str) -> int:
+    """Return 0 for a file of the user's, 1 for an installed package's, 2 for the standard library's."""
+    if "site-packages" in filename or "dist-packages" in filename or filename.startswith(_SCRIPTS):
+        return 1
+    return 2 if filename.startswith(_STANDARD_LIBRARY) else 0
+
+
+def _is_outside(frame: FrameType) -> bool:
+    module = frame.f_globals.get("__name__") or ""
+    return module.partition(".")[0] not in _NOT_THE_USERS
+
+
 def _outside(frame: FrameType | None) -> CodeLine | None:
     while frame is not None:
-        module = frame.f_globals.get("__name__") or ""
-        if module.partition(".")[0] not in _NOT_THE_USERS:
+        if _is_outside(frame):
             return CodeLine(frame.f_code, frame.f_lineno)
         frame = frame.f_back
     return None

@@ -1,1 +1,1 @@
-"""A pool's figures for others: over HTTP, for Prometheus, for OpenTelemetry."""
+"""The exports of a pool's stats: over HTTP, for Prometheus, for OpenTelemetry."""

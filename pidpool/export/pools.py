@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def checked(source: Source) -> Engine | PidPool:
     """Return the engine or pool itself; for an async engine, the engine below it.
 
-    :raises TypeError: for anything else, and for an engine whose pool is no `PidPool`.
+    :raises TypeError: for anything else, and for an engine whose pool is not a `PidPool`.
     """
     found = getattr(source, "sync_engine", source)
     if not isinstance(found, Engine | PidPool):
-        raise TypeError(f"{source!r} is no engine and no PidPool; give options by their names")
+        raise TypeError(f"{source!r} is neither an engine nor a PidPool; give options by their names")
     pool = found.pool if isinstance(found, Engine) else found
     if not isinstance(pool, PidPool):
         raise TypeError(

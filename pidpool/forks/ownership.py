@@ -106,20 +106,25 @@ class OwnedConnection:
         entry = self._entry()
         return None if entry is None else entry.dbapi_connection
 
-    def sever_socket(self) -> bool:
+    def sever_socket(self, *, even_if_kept: bool = False) -> bool:
         """Sever the connection's socket if that is wanted; return whether it was done.
 
         Does nothing if the descriptor is no longer the socket that was tagged. Descriptor numbers are
         reused, so a number alone proves nothing
-        (tests/forks/test_inherited.py::test_a_reused_descriptor_is_left_alone).
+        (tests/forks/test_sockets.py::test_a_reused_descriptor_is_left_alone).
         """
         fd = self.tag.fd
-        if not self.sever or fd is None or self._identity is None:
+        if not (self.sever or even_if_kept) or fd is None or self._identity is None:
             return False
         if severing.socket_identity(fd) != self._identity:
             return False
         severing.sever(fd)
         return True
+
+    def renew(self, connection: Any, entry: Entry) -> None:
+        """Refer anew to a connection and its entry that were collected in a cycle, and then resurrected."""
+        self.__init__(self.tag, self._identity, connection, entry, self.sever)  # type: ignore[misc]
+        owned_connections[self._key] = self
 
     def let_go(self) -> None:
         """Take the connection out of `owned_connections`: its owner is about to close it."""

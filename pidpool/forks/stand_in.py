@@ -45,6 +45,14 @@ def transaction_state(connection: Any) -> StateAtFork:
     return "in transaction" if in_transaction else "no transaction"
 
 
+def is_busy(connection: Any) -> bool:
+    """Return, without I/O, whether a call of the driver's may be in flight on a checked-out connection."""
+    try:
+        return driver_of(connection).is_busy(connection) is not False
+    except Exception:
+        return True
+
+
 def _local_settings(connection: Any) -> Settings | None:
     """Read, without I/O, the settings that a replacement has to take over; None if that can't be done."""
     try:

@@ -3,7 +3,7 @@ whether this is still the process that opened it.
 
 A child forked in C can go on with an inherited streamed result without passing any door of the pool: its
 fetch would be the first thing it does, on its parent's socket
-(tests/forks/test_inherited.py::test_a_streamed_result_stays_the_parents). A cursor without a name has its
+(tests/forks/test_cursors.py::test_a_streamed_result_stays_the_parents). A cursor without a name has its
 rows already, and SQLAlchemy makes a new one for each statement.
 """
 

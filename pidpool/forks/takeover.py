@@ -14,7 +14,13 @@ from typing import Any, NamedTuple, Protocol
 
 from pidpool.forks import at_exit, detection, severing
 from pidpool.forks.ownership import Checkout, Entry, OwnedConnection, owned_connections
-from pidpool.forks.stand_in import DisownedConnection, Inheritance, ReplacingPool, transaction_state
+from pidpool.forks.stand_in import (
+    DisownedConnection,
+    Inheritance,
+    ReplacingPool,
+    is_busy,
+    transaction_state,
+)
 from pidpool.tag import ConnectionTag
 from pidpool.terms import SocketAction, StateAtFork, Trigger
 
@@ -35,17 +41,26 @@ class ForkablePool(ReplacingPool, Protocol):
     def log_waiting_events(self) -> None: ...
 
 
-_pools: weakref.WeakSet[ForkablePool] = weakref.WeakSet()
+_pools: dict[int, weakref.ref[ForkablePool]] = {}
 
 
 def add_pool(pool: ForkablePool) -> None:
     """Have a pool taken over in every child that is forked from now on, as long as it lives."""
-    _pools.add(pool)
+    key = id(pool)
+    _pools[key] = weakref.ref(pool, lambda reference: _forget_pool(key, reference))
+
+
+def _forget_pool(key: int, reference: weakref.ref[ForkablePool]) -> None:
+    if _pools.get(key) is reference:
+        del _pools[key]
 
 
 def pools() -> list[Any]:
     """Return every pool of this process that is alive."""
-    return list(_pools)
+    # Copied in one step of C's: other threads make and drop engines meanwhile. A WeakSet's copy is a loop
+    # of Python's (tests/forks/test_takeover.py::test_engines_come_and_go_in_other_threads_while_one_forks).
+    found = (reference() for reference in list(_pools.values()))
+    return [pool for pool in found if pool is not None]
 
 
 class OpenConnections:
@@ -160,7 +175,10 @@ def _put_stand_in(inherited: _Open, pool: ForkablePool, state: StateAtFork) -> N
 def _disown(inherited: _Open) -> SocketAction:
     """Let go of an inherited connection without a byte to the server; say what became of its socket."""
     severing.pin(inherited.connection)  # first: from here on its id stays its own
-    return "severed" if inherited.owned.sever_socket() else "kept"
+    # A child that was forked in the middle of a driver's call may unwind that call, which then ends on the
+    # socket what its parent is doing there (test_takeover.py::test_a_copy_in_flight_is_the_parents).
+    is_in_a_call = inherited.checkout is not None and is_busy(inherited.connection)
+    return "severed" if inherited.owned.sever_socket(even_if_kept=is_in_a_call) else "kept"
 
 
 def _log_waiting_events() -> None:

@@ -13,13 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from pidpool.stats import budget, family_memory, process, process_counters
+from pidpool.stats import budget, error_types, family_memory, process, process_counters
 from pidpool.stats.budget import Budget
+from pidpool.stats.error_types import ErrorTypes
 from pidpool.stats.family_memory import NoSharedMemory
 from pidpool.stats.process_counters import (
     ENDED,
     GENERATION,
     HEAD_CELLS,
+    HOLD_WARNING,
     JOINED,
     MAX_OVERFLOW,
     PARENT_PID,
@@ -55,7 +57,8 @@ _NAMED_SLOTS = 129
 
 _BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS, _KEY = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 6)
 _BUDGET = _KEY + 1
-_DEPARTED = LOCK_SIZE // 8 + 16
+_ERROR_TYPES = _BUDGET + budget.CELLS
+_DEPARTED = _ERROR_TYPES + error_types.CELLS
 """Two buffers for the sums of the departed. The low bit of the flip count selects the valid buffer. The next
 sums are made in the other buffer, so a process that is killed meanwhile has changed nothing."""
 
@@ -69,9 +72,6 @@ _BUFFER_CELLS = 3 + process_counters.cells_of_a_block(1)
 _FIRST_BLOCK = _DEPARTED + 2 * _BUFFER_CELLS
 
 
-assert _BUDGET + budget.CELLS <= _DEPARTED
-
-
 class Family:
     """The shared memory of one pool, in all processes that have it.
 
@@ -80,6 +80,7 @@ class Family:
 
     :param size: the pool's ``pool_size`` in this process.
     :param max_overflow: the pool's ``max_overflow`` in this process; -1 for no limit.
+    :param hold_warning: the pool's ``hold_warning`` in this process, in seconds.
     :param name: the family's name, by which any process of the same user joins it. None: the family is this
         process and those that are forked from it.
     :param limit: how many connections the family may have open; None for no limit.
@@ -87,13 +88,19 @@ class Family:
     """
 
     def __init__(
-        self, size: int, max_overflow: int, name: str | None = None, limit: int | None = None
+        self,
+        size: int,
+        max_overflow: int,
+        hold_warning: float | None = None,
+        name: str | None = None,
+        limit: int | None = None,
     ) -> None:
         self.name = name
         self.limit = limit
         self.private: str | None = None
         """Why the family has no other processes than those forked from this one, although it has a name."""
         self._size, self._max_overflow = size, max_overflow
+        self._hold_warning = 0 if hold_warning is None else int(hold_warning * 1e6) + 1
         self._blocks = BLOCKS
         memory = None if name is None else self._named_memory(name)
         is_new = memory is None
@@ -102,6 +109,8 @@ class Family:
             memory = self._anonymous_memory()
         self._cells = memory.cast("Q")
         self._lock = RobustLock(memory, is_new=is_new)
+        self.error_types = ErrorTypes(self._cells[_ERROR_TYPES:_DEPARTED], self._lock)
+        """The names of the errors with which connects failed."""
         self._looked_at: tuple[int, int] | None = None
         # The same in every process forked from this one, until one executes another program.
         self._stack = process.own_stack()
@@ -188,6 +197,7 @@ class Family:
         block[STACK] = self._stack
         block[SIZE] = self._size
         block[MAX_OVERFLOW] = self._max_overflow + 1
+        block[HOLD_WARNING] = self._hold_warning
         block[SINCE] = int(time.time() * 1e6)
         block[PID] = os.getpid()
         return ProcessCounters(block, self._slots)
@@ -273,7 +283,9 @@ class Family:
             unlisted=self._cells[_UNLISTED],
             server_max_connections=self.server_max_connections,
             limit=self.limit,
-            counters=process_counters.counters(process_counters.add_blocks([departed[3:].tolist(), *sums])),
+            counters=process_counters.counters(
+                process_counters.add_blocks([departed[3:].tolist(), *sums]), self.error_types.names()
+            ),
         )
 
     def read_own(self, own: ProcessCounters, name: str) -> PoolStats:
@@ -287,7 +299,9 @@ class Family:
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
-        return process_counters.pool_stats(cells, sums, name, alive=alive, thread_names=names)
+        return process_counters.pool_stats(
+            cells, sums, name, alive=alive, thread_names=names, errors=self.error_types.names()
+        )
 
     def is_alive(self, block: memoryview) -> bool:
         """Return whether the process of a block still runs, and still has the pool."""

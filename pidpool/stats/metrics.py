@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from pidpool.stats.snapshots import FamilyStats, Histogram, PoolStats
+from pidpool.stats.snapshots import Counters, FamilyStats, Histogram, PoolStats
 from pidpool.terms import CLOSE_REASONS, STATES_AT_FORK, TRIGGERS
 
 POOL_NAME = "db.client.connection.pool.name"
@@ -51,8 +51,9 @@ class Numbers:
     read: Callable[[Stats], Mapping[str, int]]
 
     def all(self, stats: Stats) -> dict[str, int]:
-        """Return all values, those that are zero included."""
-        return {**dict.fromkeys(self.known, 0), **self.read(stats)}
+        """Return all values, those that are zero included; without blanks, as attributes are written."""
+        counts = {**dict.fromkeys(self.known, 0), **self.read(stats)}
+        return {value.replace(" ", "_"): count for value, count in counts.items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ class Durations:
 
     name: str
     description: str
-    read: Callable[[Stats], Histogram]
+    of: Callable[[Counters], Histogram]
+
+    def read(self, stats: Stats) -> Histogram:
+        """Return the histogram of a snapshot."""
+        return self.of(stats.counters)
 
 
 def _idle_maximum(stats: Stats) -> int | None:
@@ -98,6 +103,20 @@ NUMBERS = (
         "{timeout}",
         "Checkouts that found no connection free within the pool's timeout.",
         lambda stats: stats.counters.timeouts,
+    ),
+    Number(
+        "pidpool.checkouts.overdue",
+        "counter",
+        "{checkout}",
+        "Checkouts that lasted longer than hold_warning, those that still last included.",
+        lambda stats: stats.counters.overdue,
+    ),
+    Number(
+        "pidpool.overdue_checkouts",
+        "updowncounter",
+        "{checkout}",
+        "Checkouts that last longer than hold_warning at present; absent without a hold_warning.",
+        lambda stats: stats.overdue,
     ),
     Number(
         "pidpool.connections.opened",
@@ -217,11 +236,20 @@ NUMBERS_BY = (
         lambda stats: {"idle": stats.idle, "used": stats.used},
     ),
     Numbers(
+        "pidpool.connections.failed",
+        "counter",
+        "{connection}",
+        "Connects that failed, by the class of the error.",
+        "error.type",
+        ("OperationalError",),
+        lambda stats: stats.counters.failed,
+    ),
+    Numbers(
         "pidpool.connections.closed",
         "counter",
         "{connection}",
         "Connections closed, by reason.",
-        "reason",
+        "pidpool.reason",
         CLOSE_REASONS,
         lambda stats: stats.counters.closed,
     ),
@@ -230,7 +258,7 @@ NUMBERS_BY = (
         "counter",
         "{connection}",
         "Connections that children inherited, by what they were doing at the fork.",
-        "state",
+        "pidpool.state",
         STATES_AT_FORK,
         lambda stats: stats.counters.inherited,
     ),
@@ -239,7 +267,7 @@ NUMBERS_BY = (
         "counter",
         "{adoption}",
         "Pools that forked children took over, by what noticed the fork.",
-        "trigger",
+        "pidpool.trigger",
         TRIGGERS,
         lambda stats: stats.counters.adoptions,
     ),
@@ -249,16 +277,16 @@ DURATIONS = (
     Durations(
         "db.client.connection.create_time",
         "The time it took to create a new connection.",
-        lambda stats: stats.counters.create_time,
+        lambda counters: counters.create_time,
     ),
     Durations(
         "db.client.connection.wait_time",
         "The time it took to obtain an open connection from the pool.",
-        lambda stats: stats.counters.wait_time,
+        lambda counters: counters.wait_time,
     ),
     Durations(
         "db.client.connection.use_time",
         "The time between borrowing a connection and returning it to the pool.",
-        lambda stats: stats.counters.use_time,
+        lambda counters: counters.use_time,
     ),
 )

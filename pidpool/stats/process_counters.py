@@ -19,11 +19,12 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Protocol
 
+from pidpool.stats import error_types
 from pidpool.stats.snapshots import BOUNDS, ConnectionStats, Counters, Histogram, PoolStats
 from pidpool.tag import ConnectionTag
 from pidpool.terms import CLOSE_REASONS, STATES_AT_FORK, TRIGGERS, CloseReason, StateAtFork, Trigger
@@ -56,26 +57,31 @@ PERMITS = 10
 """Connections of the process that are open or being opened, if the family has a limit (see budget.py)."""
 WANTING = 11
 """Threads that want a permit and have found none."""
-WAITING = 12
+HOLD_WARNING = 12
+"""The pool's `hold_warning` in this process in microseconds, plus one; 0 for none."""
+WAITING = 13
 """Threads that wait for a connection: the last cell of the head that can go down."""
 
 
 class Count(IntEnum):
     """The plain counts of a process, each with its cell."""
 
-    TIMEOUTS = 13
-    INVALIDATIONS = 14
-    SEVERED = 15
-    KEPT = 16
-    REPLACED = 17
-    REFUSED = 18
-    FORKS = 19
+    TIMEOUTS = 14
+    INVALIDATIONS = 15
+    SEVERED = 16
+    KEPT = 17
+    REPLACED = 18
+    REFUSED = 19
+    FORKS = 20
+    OVERDUE = 21
 
 
 _CLOSED = max(Count) + 1
 _INHERITED = _CLOSED + len(CLOSE_REASONS)
 _ADOPTIONS = _INHERITED + len(STATES_AT_FORK)
-_CREATE = _ADOPTIONS + len(TRIGGERS)
+_FAILED = _ADOPTIONS + len(TRIGGERS)
+"""A cell for each number of `ErrorTypes`."""
+_CREATE = _FAILED + error_types.MOST + 1
 _CREATE_SUM = _CREATE + _BUCKETS
 HEAD_CELLS = _CREATE_SUM + 1
 
@@ -120,6 +126,20 @@ class Entry(Protocol):
     slot: memoryview
 
 
+class _EntryReference(weakref.ref["Entry"]):
+    """A weak reference to an entry that knows the entry's slot.
+
+    By a weak reference's callback a slot becomes free, and not by the entry's ``__del__``: that runs after
+    the entry may have been resurrected, and once only.
+    """
+
+    __slots__ = ("key", "number", "slot")
+
+    key: int
+    number: int
+    slot: memoryview
+
+
 class ProcessCounters:
     """The counters of this process for one pool, in a block of its own.
 
@@ -137,7 +157,7 @@ class ProcessCounters:
         self._free: list[int] = []
         # Not fork.current(): inside an at-fork hook that is still the parent.
         self._pid = os.getpid()
-        self._entries: dict[int, weakref.ref[Entry]] = {}
+        self._entries: dict[int, _EntryReference] = {}
 
     def end(self) -> None:
         """Note that this process has the pool no more, though it may run on."""
@@ -165,6 +185,10 @@ class ProcessCounters:
     def add_adoption(self, trigger: Trigger) -> None:
         """Count that this process took the pool over."""
         self._add(_ADOPTIONS + TRIGGERS.index(trigger))
+
+    def add_failed(self, error_type: int) -> None:
+        """Count a connect that failed, by the number that `ErrorTypes` has for its error's class."""
+        self._add(_FAILED + error_type)
 
     def add_opened(self, create_time: int) -> None:
         """Count a connection that took `create_time` nanoseconds to open."""
@@ -216,23 +240,31 @@ class ProcessCounters:
             used = max(self.cells[SLOTS_USED], 1)
             number = self._free.pop() if self._free else used if used < self._slots else 0
             self.cells[SLOTS_USED] = max(used, number + 1)
-            self._entries[id(entry)] = weakref.ref(entry)
             first = HEAD_CELLS + number * SLOT_CELLS
             slot = self.cells[first : first + SLOT_CELLS]
             slot[TAKEN] += 1
+            reference = self._entries[id(entry)] = _EntryReference(entry, self._release_slot)
+            reference.key, reference.number, reference.slot = id(entry), number, slot
         return number, slot
 
-    def release_slot(self, entry: Entry) -> None:
-        """Make an entry's slot free for the next one, which goes on with its counts."""
+    def has_slot(self, entry: Entry) -> bool:
+        """Return whether an entry has a slot here; not if it was collected, and then resurrected."""
+        reference = self._entries.get(id(entry))
+        return reference is not None and reference() is entry
+
+    def _release_slot(self, reference: weakref.ref[Entry]) -> None:
+        """Make a collected entry's slot free for the next one, which goes on with its counts."""
+        assert isinstance(reference, _EntryReference)
         if not self._is_of_this_process():
             return
         with self._lock:
-            self._entries.pop(id(entry), None)
-            entry.slot[TAKEN] -= 1
-            if entry.slot_number:
-                write_connection(entry.slot, None)
-                entry.slot[THREAD] = 0
-                self._free.append(entry.slot_number)
+            if self._entries.get(reference.key) is reference:
+                del self._entries[reference.key]
+            reference.slot[TAKEN] -= 1
+            if reference.number:
+                write_connection(reference.slot, None)
+                reference.slot[THREAD] = 0
+                self._free.append(reference.number)
 
 
 def write_connection(slot: memoryview, tag: ConnectionTag | None) -> None:
@@ -284,11 +316,13 @@ def pool_stats(
     *,
     alive: bool,
     thread_names: Mapping[int, str],
+    errors: Sequence[str],
 ) -> PoolStats:
     """Return the snapshot of one process.
 
     :param cells: a copy of its block.
     :param sums: what `sum_slots` made of that copy.
+    :param errors: the names of `ErrorTypes`.
     """
     at, now = time.time(), time.perf_counter_ns()
     connections = []
@@ -324,6 +358,10 @@ def pool_stats(
                 thread_name=None if thread is None else thread_names.get(thread),
             )
         )
+    overdue = None
+    if cells[HOLD_WARNING]:
+        held = [each.in_state for each in connections if each.state == "used"]
+        overdue = sum(seconds * 1e6 >= cells[HOLD_WARNING] - 1 for seconds in held) if alive else 0
     return PoolStats(
         pool=name,
         pid=cells[PID],
@@ -336,7 +374,8 @@ def pool_stats(
         idle=sum(each.thread_id is None for each in connections) + beyond_idle if alive else 0,
         used=used if alive else 0,
         waiting=cells[WAITING] if alive else 0,
-        counters=counters(sums),
+        overdue=overdue,
+        counters=counters(sums, errors),
         connections=tuple(connections) if alive else (),
         permits=cells[PERMITS] if alive else 0,
         wanting=cells[WANTING] if alive else 0,
@@ -355,12 +394,18 @@ def add_blocks(sums: list[list[int]]) -> list[int]:
     return [*map(sum, zip(*sums, strict=True))]
 
 
-def counters(sums: list[int]) -> Counters:
-    """Return the counts as a snapshot, from `sum_slots` or `add_blocks`."""
+def counters(sums: list[int], errors: Sequence[str]) -> Counters:
+    """Return the counts as a snapshot, from `sum_slots` or `add_blocks`.
+
+    :param errors: the names of `ErrorTypes`.
+    """
     slot = sums[HEAD_CELLS:]
+    failed = dict(zip(errors, sums[_FAILED:_CREATE], strict=False))
+    failed[error_types.OTHER] = sums[_FAILED + error_types.MOST]
     create, wait, use = sums[_CREATE:_CREATE_SUM], slot[WAIT:WAIT_SUM], slot[USE:USE_SUM]
     return Counters(
         opened=sum(create),
+        failed={name: count for name, count in failed.items() if count},
         closed=dict(zip(CLOSE_REASONS, sums[_CLOSED:], strict=False)),
         checkouts=sum(wait),
         checkins=sum(use),
@@ -373,6 +418,7 @@ def counters(sums: list[int]) -> Counters:
         refused=sums[Count.REFUSED],
         adoptions=dict(zip(TRIGGERS, sums[_ADOPTIONS:], strict=False)),
         forks=sums[Count.FORKS],
+        overdue=sums[Count.OVERDUE],
         create_time=Histogram(tuple(create), sums[_CREATE_SUM] / 1e9),
         wait_time=Histogram(tuple(wait), slot[WAIT_SUM] / 1e9),
         use_time=Histogram(tuple(use), slot[USE_SUM] / 1e9),

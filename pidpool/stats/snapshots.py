@@ -62,6 +62,9 @@ class Counters:
     """All that only ever grows, of one process or of several together."""
 
     opened: int = 0
+    failed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Connects that failed, by the class of the error: the first eight classes of a family, ``_OTHER`` for
+    all further ones."""
     closed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """By reason: recycled, invalidated, overflow, disposed, detached, failed, given back, idle."""
     checkouts: int = 0
@@ -79,6 +82,8 @@ class Counters:
     """Pools taken over by a forked child, by what noticed the fork: hook, lazy."""
     forks: int = 0
     """Children forked, as far as Python's at-fork hooks ran."""
+    overdue: int = 0
+    """Checkouts that lasted longer than `hold_warning`, those that still last included."""
     create_time: Histogram = Histogram()
     """Seconds that opening a connection took, connect events included."""
     wait_time: Histogram = Histogram()
@@ -144,6 +149,8 @@ class PoolStats:
     """As ``pool.checkedout()``."""
     waiting: int
     """Threads that wait for a connection."""
+    overdue: int | None
+    """Checkouts that last longer than `hold_warning` at present; None without a `hold_warning`."""
     counters: Counters
     connections: tuple[ConnectionStats, ...]
     permits: int = 0
@@ -222,12 +229,20 @@ class FamilyStats:
         """Threads that wait until the family has fewer connections than its limit."""
         return sum(process.wanting for process in self.processes if process.alive)
 
+    @property
+    def overdue(self) -> int | None:
+        """Checkouts of the running processes that last longer than `hold_warning`; None without one."""
+        known = [process.overdue for process in self.processes if process.overdue is not None]
+        return sum(known) if known else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the snapshot as dicts, lists, strings and numbers, ready for JSON."""
-        names = ("alive", "maximum", "idle", "used", "waiting", "permits", "wanting")
-        derived = {name: getattr(self, name) for name in names}
+        derived = {name: getattr(self, name) for name in _DERIVED}
         own = {name: _plain(each) for name, each in vars(self).items() if name != "processes"}
         return {**own, **derived, "processes": [process.to_dict() for process in self.processes]}
+
+
+_DERIVED = ("alive", "maximum", "idle", "used", "waiting", "overdue", "permits", "wanting")
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Times, durations, counts and text from elsewhere, as all the commands print them. The times of a log are
-printed in UTC, since a log does not name the clock of its machine.
+"""Times, durations, counts and untrusted text, as all the commands print them. The times of a log are printed
+in UTC, since a log does not name its machine's time zone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """Return how long ago something was, by a clock that is read in whole seconds: 0 s, 12 s, 5 min 3 s."""
+    """Return a duration in whole seconds, for ages: 0 s, 12 s, 5 min 3 s."""
     return f"{max(0, round(seconds))} s" if seconds < 59.5 else duration(round(seconds))
 
 
@@ -57,5 +57,5 @@ def count(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text from elsewhere (a command line, a name) without control characters of a terminal."""
+    """Return an untrusted text (a command line, a name) without a terminal's control characters."""
     return "".join(character if character.isprintable() else "?" for character in text)

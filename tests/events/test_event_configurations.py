@@ -3,7 +3,6 @@ nothing on stdout."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import event_logs
 import pytest
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -36,25 +36,23 @@ IN_CHILD = [
 ]
 
 
-def _json(line: str) -> dict[str, Any]:
-    event: dict[str, Any] = json.loads(line)
-    return event
-
-
-def _text(line: str) -> dict[str, Any]:
-    level, name, message = line.split(" ", 2)
-    assert name == "pidpool"
-    event = {key: value.strip("'") for key, value in re.findall(r"(\w+)=('[^']*'|\S+)", message)}
-    return {"level": level.lower(), **event, "pid": int(event["pid"])}
+def _read_text(log: Path) -> list[dict[str, Any]]:
+    events = []
+    for line in log.read_text().splitlines():
+        level, name, message = line.split(" ", 2)
+        assert name == "pidpool"
+        event = {key: value.strip("'") for key, value in re.findall(r"(\w+)=('[^']*'|\S+)", message)}
+        events.append({"level": level.lower(), **event, "pid": int(event["pid"])})
+    return events
 
 
 @pytest.mark.usefixtures("clean_log")
 @pytest.mark.parametrize(
     ("program", "read"),
     [
-        ("events_as_json", _json),
-        ("events_through_logging", _json),
-        ("events_with_basic_config", _text),
+        ("events_as_json", event_logs.read),
+        ("events_through_logging", event_logs.read),
+        ("events_with_basic_config", _read_text),
     ],
 )
 def test_the_events_are_in_the_applications_own_log(
@@ -63,7 +61,7 @@ def test_the_events_are_in_the_applications_own_log(
     log = tmp_path / "application.log"
     ran = _run("use_and_fork.py", postgres.url(tls=True), str(log), program)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
-    events = [read(line) for line in log.read_text().splitlines()]
+    events = read(log)
     pids = list(dict.fromkeys(event["pid"] for event in events))
     for pid, told, request_id in zip(pids, (IN_PARENT, IN_CHILD), ("r-1", "r-2"), strict=True):
         own = [event for event in events if event["pid"] == pid]
@@ -88,7 +86,7 @@ def test_with_no_configuration_at_all_warnings_are_on_stderr(
     ran = _run("use_and_fork.py", postgres.url(tls=True), "-", "plain", path=tmp_path)
     assert (ran.returncode, ran.stdout) == (0, "")
     (line,) = ran.stderr.splitlines()
-    assert line.startswith("event='connection.inherited' pool='pool-1' pid=")
+    assert line.startswith(f"event='connection.inherited' pool='127.0.0.1:{postgres.port}/postgres' pid=")
 
 
 def _run(program: str, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,9 +1,8 @@
-"""A checkout that lasts longer than `hold_warning` seconds is told of once while it lasts, and once
+"""A checkout that lasts longer than `hold_warning` seconds is logged once while it lasts, and once
 more when it comes back; in a forked child as well."""
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import inspect
 import threading
@@ -18,6 +17,7 @@ from events import Events
 from forking import How, run_in_child
 from parent import Parent
 from sqlalchemy import Connection, Engine, text
+from waiting import until
 
 from pidpool import tag_of
 from pidpool.events import overdue
@@ -36,14 +36,11 @@ def _watchers() -> list[threading.Thread]:
 
 
 def _wait_for(events: Events, name: str, number: int = 1) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 10
-    while len(events.of(name)) < number:
-        assert time.monotonic() < deadline, events.names
-        time.sleep(0.002)
+    until(lambda: len(events.of(name)) >= number, lambda: f"not {number} {name} in {events.names}")
     return events.of(name)
 
 
-def test_an_overdue_checkout_is_told_once_with_its_place_and_context(
+def test_an_overdue_checkout_is_logged_once_with_its_place_and_context(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=SHORT)
@@ -65,10 +62,10 @@ def test_an_overdue_checkout_is_told_once_with_its_place_and_context(
     assert second["connection_id"] == tag.connection_id and second["use_time"] >= told["held"]
     assert second["where"] == told["where"] and second["hold_warning"] == SHORT
     assert first["connection_id"] != tag.connection_id
-    assert "request_id" not in second  # that one is told where the connection comes back
+    assert "request_id" not in second  # logged in the context in which the connection comes back
 
 
-def test_a_checkout_that_comes_back_in_time_is_told_of_by_nobody(
+def test_a_checkout_that_comes_back_in_time_is_not_logged(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=0.5)
@@ -80,7 +77,7 @@ def test_a_checkout_that_comes_back_in_time_is_told_of_by_nobody(
     assert len(events.of("checkout.overdue")) == len(events.of("checkout.returned_late")) == 1
 
 
-def test_who_returns_it_tells_where_the_thread_has_not_come_round_to_it(
+def test_the_checkin_logs_it_if_the_thread_has_not_come_round_to_it(
     tls_url: str, make_engine: MakeEngine, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when something holds the GIL for long."""
@@ -95,7 +92,9 @@ def test_who_returns_it_tells_where_the_thread_has_not_come_round_to_it(
     assert late[0]["request_id"] == "r-1" and late[0]["held"] == late[1]["use_time"] > 61
 
 
-def test_of_two_that_would_tell_one_does(tls_url: str, make_engine: MakeEngine, events: Events) -> None:
+def test_of_two_threads_that_would_log_it_one_does(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
     for _ in range(50):
         connection = engine.connect()
@@ -118,7 +117,7 @@ def test_of_two_that_would_tell_one_does(tls_url: str, make_engine: MakeEngine, 
 def _drop(engine: Engine, connections: list[Connection]) -> None:
     connections.clear()
     gc.collect()
-    engine.pool.status()  # what a finalizer tells is told at the next use
+    engine.pool.status()  # the events of a finalizer are logged at the next use
 
 
 def _detach(engine: Engine, connections: list[Connection]) -> None:
@@ -145,7 +144,7 @@ def test_however_it_ends_it_is_watched_no_longer(
     _wait_for(events, "checkout.overdue")
     end(engine, connections)
     assert len(events.of("checkout.returned_late")) == late
-    assert not [record for record in engine.pool.entries() if record.watched]  # type: ignore[attr-defined]
+    assert not [record for record in engine.pool.records() if record.watched]  # type: ignore[attr-defined]
 
 
 def test_a_shorter_hold_warning_wakes_the_thread(
@@ -163,17 +162,14 @@ def test_the_thread_is_woken_once_and_not_by_every_checkout(
 ) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
     with engine.connect():
-        _until_asleep()
+        until(_is_asleep, "the thread does not sleep")
         for _ in range(100):
             engine.connect().close()
             assert overdue._wake.empty()
 
 
-def _until_asleep() -> None:
-    deadline = time.monotonic() + 10
-    while overdue._next_look == float("inf") or not overdue._wake.empty():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def _is_asleep() -> bool:
+    return overdue._next_look != float("inf") and overdue._wake.empty()
 
 
 @pytest.mark.usefixtures("clean_log")
@@ -211,7 +207,7 @@ def test_it_works_in_a_child_and_the_parents_go_on(
         parent.connection = None
         with engine.connect():
             _wait_for(events, "checkout.overdue")
-        # An inherited checkout is watched from where it goes on with a connection of the child's own.
+        # An inherited checkout is watched as soon as it has a connection of the child's own.
         carried.execute(text("select 1"))
         _wait_for(events, "checkout.overdue", 2)
         carried.close()
@@ -228,6 +224,7 @@ def test_it_works_in_a_child_and_the_parents_go_on(
     parent.notices_nothing()
 
 
+@pytest.mark.usefixtures("clean_log")
 def test_a_grandchild_has_a_thread_of_its_own(tls_url: str, make_engine: MakeEngine, events: Events) -> None:
     engine = make_engine(tls_url, logger=events.logger, hold_warning=SHORT)
 
@@ -241,13 +238,13 @@ def test_a_grandchild_has_a_thread_of_its_own(tls_url: str, make_engine: MakeEng
 
     def child() -> list[int]:
         own = overdue_once()
-        faulthandler.cancel_dump_traceback_later()  # its thread would not be there in the grandchild
         return [own, run_in_child(overdue_once), detection.process_pid()]
 
     own, grandchilds, pid = run_in_child(child)
     assert own == pid != grandchilds
 
 
+@pytest.mark.usefixtures("clean_log")
 def test_a_thread_that_can_not_be_started_is_tried_again(
     tls_url: str, make_engine: MakeEngine, events: Events
 ) -> None:
@@ -267,3 +264,22 @@ def test_a_thread_that_can_not_be_started_is_tried_again(
 
 def _no_more_threads(thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
+
+
+def test_overdue_checkouts_are_counted_and_those_that_last_are_a_gauge(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    pool: Any = make_engine(tls_url, logger=events.logger, hold_warning=0.05).pool
+    assert (pool.stats().overdue, pool.stats().counters.overdue) == (0, 0)
+    held = pool.connect()
+    _wait_for(events, "checkout.overdue")
+    assert (pool.stats().overdue, pool.stats().counters.overdue) == (1, 1)
+
+    def child() -> tuple[int, int, int]:
+        return pool.stats().overdue, pool.stats().counters.overdue, pool.family_stats().overdue
+
+    assert run_in_child(child) == (0, 0, 1)
+    held.close()
+    assert (pool.stats().overdue, pool.stats().counters.overdue) == (0, 1)
+    unwatched: Any = make_engine(tls_url).pool
+    assert unwatched.stats().overdue is unwatched.family_stats().overdue is None

@@ -1,11 +1,14 @@
-"""Where a connection was checked out: the line of the user's code, however deep in SQLAlchemy, and
-nothing of it is looked up without `hold_warning`."""
+"""The line of the user's code that checked a connection out, however deep in SQLAlchemy; it is not looked
+up without `hold_warning`."""
 
 from __future__ import annotations
 
 import _thread
 import asyncio
 import gc
+import multiprocessing
+import os
+import pickle
 import sys
 import weakref
 from collections.abc import Callable
@@ -13,6 +16,8 @@ from typing import Any
 
 import pytest
 from engines import MakeEngine
+from events import Events
+from forking import run_in_child
 from sqlalchemy import Engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -139,3 +144,110 @@ def test_there_may_be_no_user_code() -> None:
     _thread.start_new_thread(exec, (code, names))  # no frame of threading's or of this module's below it
     until(lambda: found, "the thread has not run")
     assert found == [None]
+
+
+# -- the line that forked
+
+
+def test_the_line_that_forked_is_in_the_parents_events_and_the_childs(
+    tls_url: str, make_engine: MakeEngine
+) -> None:
+    events = Events()
+    engine = make_engine(tls_url, logger=events.logger)
+
+    def child() -> list[dict[str, Any]]:
+        events.clear()
+        engine.connect().close()
+        return events.all
+
+    def third() -> Any:
+        return fork_by_hand(child)
+
+    def second() -> Any:
+        return third()
+
+    with engine.connect():
+        line, told = second()
+        engine.connect().close()
+    lines = events.the("pool.forked")["forked_at"].split(" < ")
+    assert lines[0] == line
+    assert [each.rpartition(" in ")[2] for each in lines] == [
+        "fork_by_hand",
+        "third",
+        "second",
+        here().rpartition(" in ")[2],
+    ]
+    for name in ("pool.adopted", "connection.inherited"):
+        (event_,) = [each for each in told if each["event"] == name]
+        assert event_["forked_at"].split(" < ") == lines
+
+
+def fork_by_hand(child: Callable[[], Any]) -> tuple[str, Any]:
+    """Fork in a line of this file; return that line and what `child` returned there."""
+    reader, writer = os.pipe()
+    line, pid = here(), os.fork()
+    if pid == 0:
+        try:
+            os.write(writer, pickle.dumps(child()))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answer:
+        found = pickle.load(answer)
+    os.waitpid(pid, 0)
+    return line, found
+
+
+def test_the_standard_librarys_lines_are_passed_over(tls_url: str, make_engine: MakeEngine) -> None:
+    events = Events()
+    engine = make_engine(tls_url, logger=events.logger)
+    with engine.connect():
+        process = multiprocessing.get_context("fork").Process(target=int)
+        process.start()
+        line = here(-1)
+        process.join(30)
+        engine.connect().close()
+    assert events.the("pool.forked")["forked_at"].split(" < ")[0] == line
+
+
+def test_an_installed_package_that_forks_by_itself_is_named() -> None:
+    """As gunicorn's master does: none of the user's lines is running."""
+    found: list[Any] = []
+    names = {"__name__": "gunicorn.arbiter", "found": found, "forking_lines": user_code.forking_lines}
+    code = compile("found.append(forking_lines())", "/venv/lib/site-packages/gunicorn/arbiter.py", "exec")
+    _thread.start_new_thread(exec, (code, names))
+    until(lambda: found, "the thread has not run")
+    assert found == ["/venv/lib/site-packages/gunicorn/arbiter.py:1 in <module>"]
+
+
+def test_a_fork_without_an_open_connection_looks_nothing_up(
+    tls_url: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lookup() -> None:
+        raise AssertionError("looked up")
+
+    monkeypatch.setattr(pool_module, "forking_lines", lookup)
+    events = Events()
+    engine = make_engine(tls_url, logger=events.logger)
+
+    def child() -> list[Any]:
+        engine.connect().close()
+        return [each["forked_at"] for each in events.of("pool.adopted")]
+
+    assert run_in_child(child) == [None]
+    assert engine.pool.stats().counters.forks == 1  # type: ignore[attr-defined]
+
+
+def test_a_fork_that_is_noticed_later_has_no_line(tls_url: str, make_engine: MakeEngine) -> None:
+    events = Events()
+    engine = make_engine(tls_url, logger=events.logger)
+
+    def child() -> list[Any]:
+        engine.connect().close()
+        return [each["forked_at"] for each in events.all if "forked_at" in each]
+
+    with engine.connect():
+        assert run_in_child(child, how="c") == [None, None]
+        with_hook = run_in_child(child, how="c with child hooks")
+    assert len(with_hook) == 2 and all(each.rpartition(" in ")[2] for each in with_hook)
+    assert [each.split(" < ")[0].rpartition(" in ")[2] for each in with_hook] == ["fork", "fork"]

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +24,7 @@ from forking import How, run_in_child
 from parent import server_pid
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import QueuePool
+from waiting import until
 
 from pidpool import AsyncPidPool, PidPool, StatsApp
 
@@ -82,6 +82,7 @@ def test_stats_json_is_the_family_s_own_dict() -> None:
     stats = json.loads(ask(StatsApp(telling(told)), "/stats.json").text)
     assert stats["answered_by"] == os.getpid()
     assert stats["pools"] == [json.loads(json.dumps(told.to_dict()))]
+    assert stats["open_states"] == ["in transaction", "unknown"]
     assert len(stats["bounds"]) + 1 == len(stats["pools"][0]["counters"]["wait_time"]["counts"])
 
 
@@ -194,9 +195,11 @@ def test_asking_opens_no_connection_and_waits_for_none(
         waiting = threading.Thread(target=lambda: engine.connect().close())
         waiting.start()
         try:
-            deadline = time.monotonic() + 20
-            while not (family := json.loads(ask(app, "/stats.json").text)["pools"][0])["waiting"]:
-                assert time.monotonic() < deadline
+            until(
+                lambda: json.loads(ask(app, "/stats.json").text)["pools"][0]["waiting"],
+                "the thread does not wait",
+            )
+            (family,) = json.loads(ask(app, "/stats.json").text)["pools"]
             for path in PATHS:
                 ask(app, path)
             assert (family["used"], family["idle"], family["waiting"]) == (1, 0, 1)
@@ -275,7 +278,7 @@ def test_the_pool_is_looked_up_again_after_dispose() -> None:
 def test_what_keeps_no_stats_is_refused_with_the_remedy() -> None:
     with pytest.raises(TypeError, match=r"QueuePool.*poolclass=PidPool"):
         StatsApp(create_engine("sqlite://", poolclass=QueuePool))
-    with pytest.raises(TypeError, match="no engine"):
+    with pytest.raises(TypeError, match="neither an engine nor a PidPool"):
         StatsApp("sqlite://")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="at least one"):
         StatsApp()

@@ -71,7 +71,8 @@ def test_the_format_is_what_the_scraper_asks_for(accept: str, content_type: str)
 # OpenTelemetry's rules for Prometheus make of it: dots to underscores, {annotations} dropped, s to
 # seconds, _total for a counter.
 CONVENTIONS = {
-    "db.client.connection.count": ("gauge", "db_client_connection_count"),
+    # Prometheus keeps _count for histograms: promtool complains of a gauge with that ending.
+    "db.client.connection.count": ("unknown", "db_client_connection_count"),
     "db.client.connection.idle.max": ("gauge", "db_client_connection_idle_max"),
     "db.client.connection.max": ("gauge", "db_client_connection_max"),
     "db.client.connection.pending_requests": ("gauge", "db_client_connection_pending_requests"),
@@ -125,15 +126,18 @@ def test_the_figures_are_the_family_s(accept: str) -> None:
     assert value(limited, "pidpool_permits") == value(limited, "pidpool_wanting") == 0
     assert value(samples, "pidpool_checkouts_total") == 39
     assert value(samples, "pidpool_checkins_total") == 38
+    assert value(samples, "pidpool_checkouts_overdue_total") == 4
+    assert value(samples, "pidpool_overdue_checkouts") == 1
     assert value(samples, "pidpool_connections_opened_total") == 3
     assert value(samples, "pidpool_forks_total") == 2
     assert value(samples, "pidpool_severed_total") == 2
     assert value(samples, "pidpool_refused_total") == 1
     assert value(samples, "pidpool_kept_total") == value(samples, "pidpool_replaced_total") == 0
-    assert value(samples, "pidpool_adoptions_total", trigger="hook") == 1
-    assert value(samples, "pidpool_adoptions_total", trigger="lazy") == 1
-    assert value(samples, "pidpool_connections_closed_total", reason="recycled") == 1
-    assert value(samples, "pidpool_inherited_total", state="in transaction") == 1
+    assert value(samples, "pidpool_adoptions_total", pidpool_trigger="hook") == 1
+    assert value(samples, "pidpool_adoptions_total", pidpool_trigger="lazy") == 1
+    assert value(samples, "pidpool_connections_failed_total", error_type="OperationalError") == 2
+    assert value(samples, "pidpool_connections_closed_total", pidpool_reason="recycled") == 1
+    assert value(samples, "pidpool_inherited_total", pidpool_state="in_transaction") == 1
 
 
 @pytest.mark.parametrize("accept", PARSERS, ids=["text", "openmetrics", "prometheus"])
@@ -160,11 +164,12 @@ def test_what_has_not_happened_yet_is_there_as_zero() -> None:
     for name, label, known in (
         (
             "pidpool_connections_closed_total",
-            "reason",
-            ["recycled", "invalidated", "overflow", "disposed", "detached", "failed", "given back", "idle"],
+            "pidpool_reason",
+            ["recycled", "invalidated", "overflow", "disposed", "detached", "failed", "given_back", "idle"],
         ),
-        ("pidpool_inherited_total", "state", ["idle", "no transaction", "in transaction", "unknown"]),
-        ("pidpool_adoptions_total", "trigger", ["hook", "lazy"]),
+        ("pidpool_connections_failed_total", "error_type", ["OperationalError"]),
+        ("pidpool_inherited_total", "pidpool_state", ["idle", "no_transaction", "in_transaction", "unknown"]),
+        ("pidpool_adoptions_total", "pidpool_trigger", ["hook", "lazy"]),
     ):
         assert [value(samples, name, **{label: each}) for each in known] == [0] * len(known)
 
@@ -177,6 +182,7 @@ def test_what_is_not_known_is_not_told() -> None:
         [
             "db_client_connection_max",
             "db_client_connection_idle_max",
+            "pidpool_overdue_checkouts",
             "pidpool_possible_maximum",
             "pidpool_family_limit",
             "pidpool_permits",

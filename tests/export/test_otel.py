@@ -100,7 +100,7 @@ def test_the_figures_are_this_process_s(sdk: Collector) -> None:
     assert sdk.value("pidpool.connection.wait_time.count") == 2
     assert sdk.value("pidpool.connection.wait_time.sum") == pytest.approx(0.00201)
     assert sdk.metrics()["pidpool.connection.wait_time.sum"].unit == "s"
-    assert sdk.values("pidpool.adoptions")[of_this_process(trigger="hook")] == 0
+    assert sdk.values("pidpool.adoptions")[of_this_process(**{"pidpool.trigger": "hook"})] == 0
     # Those of the family:
     assert sdk.value("pidpool.processes") == 2
     assert sdk.value("pidpool.possible_maximum") == 30

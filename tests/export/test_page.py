@@ -91,6 +91,7 @@ def test_the_family_is_a_tree_of_processes_and_their_connections(
     assert "made the pool" in browser.text(f"{parent} > .card")
     assert "forked by 41" in browser.text(f"{child} > .card")
     assert "has ended" in browser.text(f"{ended} > .card")
+    assert "connects failed: 2 OperationalError" in browser.text(f"{parent} > .card")
     chips = browser.run(
         "[...document.querySelectorAll(arguments[0])].map(chip => chip.innerText)", f"{parent} > .card .chip"
     )
@@ -106,16 +107,16 @@ def test_the_family_is_a_tree_of_processes_and_their_connections(
     )
     assert dict(tiles) == {
         "used": "1", "idle": "2", "waiting": "3", "processes": "2",
-        "checkouts": "39", "opened": "3", "timeouts": "1", "leaks": "1",
+        "checkouts": "39", "opened": "3", "failed": "2", "timeouts": "1", "overdue": "1", "leaks": "1",
     }  # fmt: skip
-    assert "3 connections open, 30 at the most; the server takes 100" in browser.text(".capacity")
+    assert "3 connections open, 30 at most; the server allows 100" in browser.text(".capacity")
 
 
 def test_the_limit_is_shown_as_the_servers_is(browser: Browser, told: Told, served: StatsServer) -> None:
     taken = process(1, None, Counters(closed={"given back": 7}), permits=12, wanting=3)
     told.family = lambda: family(taken, limit=12)
     show(browser, served)
-    said = "12 at the most (family_limit 12: 12 taken, 3 wanted, 7 given back); the server takes 100"
+    said = "12 at most (family_limit 12: 12 taken, 3 wanted, 7 given back); the server allows 100"
     assert said in browser.text(".capacity")
     assert "7 given back" in browser.text(".process .past")
 
@@ -275,7 +276,7 @@ def test_the_token_is_asked_for_and_never_put_into_an_address(browser: Browser, 
         assert field.get_attribute("id") == "token"
         field.send_keys("wrong\n")
         browser.wait(
-            lambda: "not the right one" in browser.text("#problem"), "a wrong token is not said to be so"
+            lambda: "The token is wrong" in browser.text("#problem"), "a wrong token is not said to be so"
         )
         browser.driver.switch_to.active_element.send_keys("s3cret\n")
         browser.wait_for(".process")

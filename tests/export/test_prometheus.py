@@ -228,8 +228,8 @@ def test_prometheus_knows_the_figures_of_the_family(
                 f"db_client_connection_create_time_seconds_count{{{label}}}": 2,
                 f'db_client_connection_wait_time_seconds_bucket{{{label},le="+Inf"}}': 4,
                 f"pidpool_forks_total{{{label}}}": 1,
-                f'pidpool_adoptions_total{{{label},trigger="hook"}}': 1,
-                f'pidpool_inherited_total{{{label},state="no transaction"}}': 1,
+                f'pidpool_adoptions_total{{{label},pidpool_trigger="hook"}}': 1,
+                f'pidpool_inherited_total{{{label},pidpool_state="no_transaction"}}': 1,
                 f"pidpool_severed_total{{{label}}}": 1,
                 f"pidpool_server_max_connections{{{label}}}": 300,
             }

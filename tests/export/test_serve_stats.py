@@ -270,7 +270,7 @@ def test_forks_under_load_neither_hang_nor_lose_an_answer(served: StatsServer) -
 def test_what_is_no_request_is_answered_so(served: StatsServer, request_head: bytes) -> None:
     answer = send(served, request_head + b"\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
-    assert b"This is no HTTP/1 request: " in answer
+    assert b"This is not an HTTP/1 request: " in answer
     assert get(served)[0] == 200
 
 

@@ -1,15 +1,15 @@
-"""What waits for the next use of a pool is told when the process ends without one: once, in the log that
-the application has, and never to its disadvantage."""
+"""Events that wait for the next use of a pool are logged when the process ends without one: once, in the
+application's own log, and never to its disadvantage."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import event_logs
 import pytest
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -81,7 +81,7 @@ def run(how: str, postgres: EmbeddedPostgres, log: Path) -> tuple[list[Any], lis
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    told = [json.loads(line) for line in log.read_text().splitlines()]
+    told = event_logs.read(log)
     parent = next((event["pid"] for event in told), None)
     return (
         [event for event in told if event["pid"] == parent],
@@ -92,7 +92,7 @@ def run(how: str, postgres: EmbeddedPostgres, log: Path) -> tuple[list[Any], lis
 
 @pytest.mark.usefixtures("clean_log")
 @pytest.mark.parametrize("how", ["fork", "multiprocessing", "executor", "C, dropped"])
-def test_child_and_parent_tell_at_their_end_what_nobody_asked_for(
+def test_child_and_parent_log_their_waiting_events_at_their_end(
     how: str, postgres: EmbeddedPostgres, tmp_path: Path
 ) -> None:
     parents, childs, said = run(how, postgres, tmp_path / "log")
@@ -101,14 +101,16 @@ def test_child_and_parent_tell_at_their_end_what_nobody_asked_for(
     assert adopted["trigger"] == ("lazy" if how.startswith("C") else "hook")
     assert (inherited["state"], inherited["action"]) == ("in transaction", "severed")
     forks = [event for event in parents if event["event"] == "pool.forked"]
-    assert len(forks) == (0 if how.startswith("C") else 1)  # of a fork in C a parent can't know
+    assert len(forks) == (0 if how.startswith("C") else 1)  # a parent does not notice a fork in C
     assert all(event["in_transaction"] == 1 and event["at"] <= adopted["at"] for event in forks)
     assert said == ""
 
 
 @pytest.mark.usefixtures("clean_log")
 @pytest.mark.parametrize("how", ["_exit", "log closed", "C, untouched"])
-def test_who_can_not_tell_ends_without_a_word(how: str, postgres: EmbeddedPostgres, tmp_path: Path) -> None:
+def test_a_child_that_can_not_log_ends_in_silence(
+    how: str, postgres: EmbeddedPostgres, tmp_path: Path
+) -> None:
     parents, childs, said = run(how, postgres, tmp_path / "log")
     assert childs == []
     assert [event["event"] for event in parents].count("pool.forked") == (0 if how.startswith("C") else 1)
@@ -125,7 +127,7 @@ def test_with_no_configuration_the_leak_is_a_warning_on_standard_error(
 
 
 @pytest.mark.usefixtures("clean_log")
-def test_the_end_is_told_before_the_log_is_stopped(postgres: EmbeddedPostgres, tmp_path: Path) -> None:
+def test_the_end_is_logged_before_the_log_is_stopped(postgres: EmbeddedPostgres, tmp_path: Path) -> None:
     _, _, said = run("queue with a listener", postgres, tmp_path / "log")
     assert said.count("pool.forked") == 1
 

@@ -1,5 +1,5 @@
 """A fork never lands inside a log line: a child finds every writer free, whichever the application
-logs through, and its log does not stop there."""
+uses, and its log does not stop there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +22,7 @@ from engines import MakeEngine
 from forking import How, run_in_child
 from parent import Parent
 from sqlalchemy import text
+from waiting import until
 
 from pidpool.forks import log_locks
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -58,8 +58,8 @@ def test_no_child_hangs_while_eight_threads_log(postgres: EmbeddedPostgres, writ
 
 
 class Pipe:
-    """A file that blocks who writes to it, once it is full. A child that puts something else in its
-    place can write, as long as nothing but the pipe holds it up."""
+    """A file that blocks its writer once it is full. A child that puts something else in its place can
+    write, as long as nothing but the pipe blocks it."""
 
     def __init__(self) -> None:
         self.reader, writer = os.pipe()
@@ -160,7 +160,7 @@ def test_a_child_can_log_though_a_line_was_being_written_for_long(
     pipe.fill()
     blocked = threading.Thread(target=other.warning, args=("a line",))
     blocked.start()
-    _wait_until(lambda: _is_in_write(blocked))
+    until(lambda: _is_in_write(blocked), "the thread is not in write(2)")
 
     def child() -> None:
         pipe.let_everything_through()
@@ -179,7 +179,7 @@ def test_a_child_can_log_though_a_line_was_being_written_for_long(
     parent.notices_nothing()
 
 
-@pytest.mark.usefixtures("clean_log")
+@pytest.mark.usefixtures("table", "clean_log")
 @pytest.mark.parametrize("how", HOWS)
 def test_a_child_can_log_to_a_queue_whose_lock_was_taken(
     tls_url: str,
@@ -193,13 +193,14 @@ def test_a_child_can_log_to_a_queue_whose_lock_was_taken(
     log = logging.getLogger("application")
     handlers += [logging.handlers.QueueHandler(lines), logging.handlers.QueueHandler(lines)]
     engine = make_engine(tls_url, logger=log)
-    engine.connect().close()
+    parent = Parent(engine, "idle")
     with _held_by_another_thread(lines.mutex):
         got = run_in_child(
             lambda: (engine.dispose(), log.warning("a line"), lines.qsize())[2], how=how, life=10
         )
     assert got >= 2
     assert not lines.mutex.locked()
+    parent.notices_nothing()
 
 
 def test_a_fork_waits_for_a_line_that_is_being_written() -> None:
@@ -211,7 +212,7 @@ def test_a_fork_waits_for_a_line_that_is_being_written() -> None:
     forker = threading.get_ident()
 
     def finish_once_the_fork_waits() -> None:
-        _wait_until(lambda: forker in log_locks._held)
+        until(lambda: forker in log_locks._held, "the fork does not wait for the locks")
         file.go_on.set()
 
     finishing = threading.Thread(target=finish_once_the_fork_waits)
@@ -223,7 +224,7 @@ def test_a_fork_waits_for_a_line_that_is_being_written() -> None:
 
 
 class SlowFile:
-    """Stops in the middle of a line until it is told to go on."""
+    """Stops in the middle of a line until `go_on` is set."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -239,7 +240,7 @@ class SlowFile:
         pass
 
 
-def test_a_fork_gets_by_who_configures_logging_meanwhile(handlers: list[logging.Handler]) -> None:
+def test_a_fork_passes_a_thread_that_configures_logging(handlers: list[logging.Handler]) -> None:
     """logging.config takes the module's lock, then each handler's; the stdlib's own hook the former."""
     handler = logging.StreamHandler()
     handlers.append(handler)
@@ -250,7 +251,7 @@ def test_a_fork_gets_by_who_configures_logging_meanwhile(handlers: list[logging.
     def configure() -> None:
         with module_lock:
             locked.set()
-            _wait_until(lambda: forker in log_locks._held)
+            until(lambda: forker in log_locks._held, "the fork does not wait for the locks")
             assert handler.lock is not None and handler.lock.acquire(timeout=10)
             handler.lock.release()
 
@@ -283,6 +284,7 @@ def test_the_parent_has_its_locks_back_after_forks_in_two_threads() -> None:
     file.close()
 
 
+@pytest.mark.usefixtures("table", "clean_log")
 def test_what_a_child_has_written_before_it_used_a_pool_stays(
     tmp_path: Path, tls_url: str, make_engine: Any
 ) -> None:
@@ -290,7 +292,7 @@ def test_what_a_child_has_written_before_it_used_a_pool_stays(
     file = (tmp_path / "log").open("w")
     structlog.PrintLogger(file)
     engine = make_engine(tls_url)
-    engine.connect().close()
+    parent = Parent(engine, "idle")
 
     def child() -> None:
         file.write("not flushed yet\n")
@@ -300,12 +302,13 @@ def test_what_a_child_has_written_before_it_used_a_pool_stays(
     run_in_child(child, how="c")
     file.close()
     assert (tmp_path / "log").read_text() == "not flushed yet\n"
+    parent.notices_nothing()
 
 
 def test_a_child_drops_what_the_parent_had_not_flushed_of_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else both would write it."""
+    """Otherwise both would write it."""
     monkeypatch.setattr(log_locks, "LOG_LINE_WAIT", 0.1)
     file = (tmp_path / "log").open("wb")
     log = structlog.BytesLogger(file)
@@ -339,10 +342,3 @@ class _held_by_another_thread:
 def _is_in_write(thread: threading.Thread) -> bool:
     call = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()
     return call[0] in {"1", "64"}  # write(2) on x86-64 and on arm64
-
-
-def _wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)

@@ -62,14 +62,14 @@ def test_nothing_of_many_forks_stays_in_the_parent(tls_url: str, make_engine: Ma
         engine.dispose()
 
     def settle() -> None:
-        # The parent's own next use, which tells of the forks.
+        # The parent's own next use, which logs the forks.
         pool.status()
         gc.collect()
 
     for _ in range(20):  # caches fill
         fork_and_wait(how, use if how == "python" else lambda: None)
     settle()
-    before = (descriptors(), len(ownership.owned_connections), len(pool.entries()))
+    before = (descriptors(), len(ownership.owned_connections), len(pool.records()))
     rss = resident()
     tracemalloc.start()
     try:
@@ -83,7 +83,7 @@ def test_nothing_of_many_forks_stays_in_the_parent(tls_url: str, make_engine: Ma
         grown = tracemalloc.get_traced_memory()[0] - traced
     finally:
         tracemalloc.stop()
-    assert (descriptors(), len(ownership.owned_connections), len(pool.entries())) == before
+    assert (descriptors(), len(ownership.owned_connections), len(pool.records())) == before
     assert grown < GROWTH
     # 2 MB for what the allocator rounds up, whatever the number of forks.
     assert resident() - rss < 2 * 1024 * 1024

@@ -11,6 +11,8 @@ from engines import MakeEngine
 from forking import How, run_in_child
 from parent import Parent
 
+from pidpool.tools.demo.postgres import EmbeddedPostgres
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "check out": {},
     "pre-ping": {"pool_pre_ping": True},
@@ -53,3 +55,15 @@ def test_the_parent_never_notices_whatever_the_pool_does_at_checkout(
 def _check_out_and_leave(child: Child) -> None:
     child.check_out()
     child.leave()
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_psycopg_3_as_psycopg2(
+    postgres: EmbeddedPostgres, make_engine: MakeEngine, state: str, action: str
+) -> None:
+    engine = make_engine(postgres.url(driver="postgresql+psycopg"))
+    parent = Parent(engine, state)
+    run_in_child(behave, ACTIONS[action], parent, "replace", how="c" if action == "use" else "python")
+    parent.notices_nothing()

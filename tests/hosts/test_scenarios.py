@@ -67,6 +67,6 @@ def test_a_commit_that_is_reported_is_not_there_with_queuepool(postgres: Embedde
 
 @pytest.mark.parametrize(("pool", "lock"), [("pidpool", "free"), ("queue", "held")])
 def test_the_lock_of_a_parent_that_was_killed(tls_url: str, pool: str, lock: str) -> None:
-    """No clean log here: that the parent is gone is what the server has to notice."""
+    """No clean log here: the server has to notice that the parent is gone."""
     ended = run("orphan_lock.py", tls_url, pool)
     assert (ended.returncode, ended.stdout) == (0, f"{lock}\n"), ended.stderr

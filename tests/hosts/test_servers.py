@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import pytest
 from engines import MakeEngine
 from parent import Parent, server_pid
 from sqlalchemy import Engine, create_engine, text
+from waiting import until
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -87,14 +87,15 @@ def get(path: Path, page: str) -> dict[str, Any]:
 
 
 def wait_until_it_answers(process: subprocess.Popen[bytes], path: Path) -> None:
-    deadline = time.monotonic() + START
-    while True:
+    def answers() -> bool:
         try:
             get(path, "/pool")
-            return
         except OSError:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+            assert process.poll() is None
+            return False
+        return True
+
+    until(answers, "the server does not answer", START)
 
 
 class HeldSession:
@@ -139,14 +140,13 @@ def serve_and_check(
     mark: int,
     workers: int = 2,
 ) -> None:
-    """Ask workers for what uses the pool and what uses the parent's connection, until all have done so."""
+    """Have the workers use the pool and the parent's connection, until all have used both."""
     first = ask("pool")
     session = HeldSession(observer, first["held_server_pid"])
     used_held: set[int] = set()
     numbers: dict[int, set[int]] = {}
-    deadline = time.monotonic() + START
-    while len(used_held) < workers:
-        assert time.monotonic() < deadline
+
+    def all_have_used_it() -> bool:
         answer = ask("held")
         assert answer["pid"] != answer["owner"]
         expected = "nothing" if answer["pid"] in used_held else f"{answer['owner']} {answer['pid']}"
@@ -155,6 +155,9 @@ def serve_and_check(
         for each in (answer, ask("pool")):
             assert each["server_pid"] != session.number
             numbers.setdefault(each["pid"], set()).add(each["server_pid"])
+        return len(used_held) >= workers
+
+    until(all_have_used_it, f"fewer than {workers} workers have answered", START)
     assert len(set.union(*numbers.values())) == sum(map(len, numbers.values()))  # nothing shared
     session.has_heard_nothing()
     assert rows(observer) == []
@@ -218,10 +221,7 @@ def test_celery_prefork(
 
     def ask(page: str) -> dict[str, Any]:
         result = tasks.run.delay(names[page])
-        deadline = time.monotonic() + START
-        while not result.ready():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(result.ready, "the worker does not answer", START, interval=0.02)
         return dict(result.get())
 
     arguments = [
@@ -230,7 +230,7 @@ def test_celery_prefork(
     ]
     environment = {"DB_URL": postgres.url(tls=True), "CELERY_FILES": str(tmp_path), "CELERY_HOLDS": "1"}
     with server(arguments, tmp_path, **environment):
-        # Celery chooses who gets a task, and may give all of them to one.
+        # Celery may give all tasks to one worker.
         serve_and_check(ask, observer, postgres, mark, workers=1)
     assert rows(observer) == ["parent"]
 
@@ -239,7 +239,7 @@ _engine: Engine
 
 
 def _end_well() -> None:
-    # These workers end by os._exit(), after what is registered here.
+    # These workers end by os._exit(), after the finalizers that are registered here.
     multiprocessing.util.Finalize(None, _engine.dispose, exitpriority=10)
 
 

@@ -174,7 +174,7 @@ def test_kept_sockets(postgres: EmbeddedPostgres, driver: str) -> None:
     asyncio.run(parent())
 
 
-def test_what_is_in_a_transaction_is_told_without_the_server(postgres: EmbeddedPostgres) -> None:
+def test_the_transaction_state_is_read_without_the_server(postgres: EmbeddedPostgres) -> None:
     async def tell() -> None:
         async with (
             an_engine(postgres.url(driver="postgresql+asyncpg")) as engine,

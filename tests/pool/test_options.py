@@ -8,28 +8,13 @@ from typing import Any
 
 import pytest
 from engines import MakeEngine
+from events import Events
 from forking import run_in_child
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from pidpool import AsyncPidPool, PidPool
 from pidpool.tools.demo.postgres import EmbeddedPostgres
-
-
-class Log:
-    """A logger that remembers, for the option `logger`."""
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[str, dict[str, Any]]] = []
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.heard.append((event, fields))
-
-    warning = debug = info
-
-    def events(self) -> list[str]:
-        return [event for event, _ in self.heard]
-
 
 WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("on_foreign", "refues", ValueError, "takes one of 'replace', 'refuse'"),
@@ -127,8 +112,9 @@ def read(pool: PidPool) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.usefixtures("clean_log")
 def test_every_option_is_kept(tls_url: str, make_engine: MakeEngine) -> None:
-    engine = make_engine(tls_url, **options(logger=Log()))
+    engine = make_engine(tls_url, **options(logger=Events().logger))
     heard: list[str] = []
     event.listen(engine, "checkout", lambda *_: heard.append("checkout"))
     pool = engine.pool
@@ -157,30 +143,29 @@ def test_every_option_is_kept(tls_url: str, make_engine: MakeEngine) -> None:
     assert read(engine.pool) == before
 
 
-def test_a_logger_given_goes_on_hearing_after_dispose_and_in_a_child(
-    tls_url: str, make_engine: MakeEngine
-) -> None:
-    log = Log()
-    engine = make_engine(tls_url, logger=log)
+@pytest.mark.usefixtures("clean_log")
+def test_a_given_logger_is_kept_after_dispose_and_in_a_child(tls_url: str, make_engine: MakeEngine) -> None:
+    events = Events()
+    engine = make_engine(tls_url, logger=events.logger)
 
     def use() -> list[str]:
-        log.heard.clear()
+        events.clear()
         with engine.connect() as connection:
             connection.scalar(text("select 1"))
         engine.dispose()
-        return log.events()
+        return events.names
 
     assert "connection.opened" in use()
     assert "connection.opened" in use()  # of the second pool
-    events = run_in_child(use)
-    assert events[0] == "pool.adopted" and "connection.opened" in events
+    names = run_in_child(use)
+    assert names[0] == "pool.adopted" and "connection.opened" in names
 
 
 def test_the_name_in_events_is_the_pools_logging_name(tls_url: str, make_engine: MakeEngine) -> None:
-    log = Log()
-    engine = make_engine(tls_url, logger=log, pool_logging_name="orders")
+    events = Events()
+    engine = make_engine(tls_url, logger=events.logger, pool_logging_name="orders")
     engine.connect().close()
-    assert {fields["pool"] for _, fields in log.heard} == {"orders"}
+    assert {event["pool"] for event in events.all} == {"orders"}
 
 
 def test_the_pool_alone(tmp_path: Path) -> None:

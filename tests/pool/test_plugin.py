@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -65,8 +67,69 @@ def test_another_pool_stays(url: str, options: dict[str, type], pool: type) -> N
     assert type(create_engine(url, **options).pool) is pool
 
 
-def test_a_bad_option_is_told_of() -> None:
+def test_a_bad_option_is_reported() -> None:
     with pytest.raises(ValueError, match="hold_warning='soon' in the URL: takes a number"):
         create_engine("sqlite:///a.db?plugin=pidpool&hold_warning=soon")
     with pytest.raises(ValueError, match="on_foreign='ignore': takes one of 'replace', 'refuse'"):
         create_engine("sqlite:///a.db?plugin=pidpool&on_foreign=ignore")
+
+
+def test_the_pools_usual_options_may_be_in_the_url(tls_url: str) -> None:
+    options = {
+        "pool_size": "3",
+        "max_overflow": "2",
+        "pool_timeout": "1.5",
+        "pool_recycle": "60",
+        "pool_pre_ping": "true",
+        "pool_use_lifo": "Yes",
+        "pool_name": "shop",
+    }
+    url = make_url(tls_url).update_query_dict({"plugin": "pidpool", **options})
+    engine = create_engine(url, pool_size=9)
+    pool = engine.pool
+    assert isinstance(pool, PidPool)
+    stats = pool.stats()
+    assert (stats.size, stats.max_overflow, stats.pool) == (3, 2, "shop")
+    assert pool.timeout() == 1.5
+    assert (pool._recycle, pool._pre_ping, pool._pool.use_lifo) == (60, True, True)
+    with engine.connect() as connection:
+        assert connection.scalar(text("select 1")) == 1
+    engine.dispose()
+
+
+@pytest.mark.parametrize("word", ["false", "no", "off", "0"])
+def test_a_flag_may_be_off(word: str) -> None:
+    pool: Any = create_engine(f"sqlite:///a.db?plugin=pidpool&pool_pre_ping={word}").pool
+    assert pool._pre_ping is False
+
+
+@pytest.mark.parametrize(
+    ("query", "complaint"),
+    [
+        ("pool_size=many", "pool_size='many' in the URL: takes a whole number"),
+        ("pool_size=-1", "pool_size=-1: takes a whole number of 0 or more, 0 for no limit"),
+        ("max_overflow=2.5", "max_overflow='2.5' in the URL: takes a whole number"),
+        ("pool_timeout=long", "pool_timeout='long' in the URL: takes a number"),
+        ("pool_timeout=nan", "timeout=nan: takes a number of 0 or more"),
+        ("pool_recycle=1h", "pool_recycle='1h' in the URL: takes a whole number"),
+        ("pool_pre_ping=maybe", "pool_pre_ping='maybe' in the URL: takes true or false"),
+        ("pool_size=1&pool_size=2", "pool_size is in the URL 2 times; give it once"),
+    ],
+)
+def test_a_bad_value_says_what_the_option_takes(query: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        create_engine(f"sqlite:///a.db?plugin=pidpool&{query}")
+
+
+def test_a_plugin_that_changes_nothing_says_so_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    caplog.set_level("INFO", "pidpool")
+    engine = create_engine(f"sqlite:///{tmp_path}/a.db?plugin=pidpool&pool_size=3", poolclass=NullPool)
+    engine.connect().close()
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert record.getMessage().startswith(
+        "plugin=pidpool changes nothing: the engine asks for NullPool, and ignores pool_size in the URL; "
+    )
+    caplog.clear()
+    create_engine("sqlite:///a.db?plugin=pidpool")
+    assert caplog.records == []

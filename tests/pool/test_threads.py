@@ -1,5 +1,5 @@
-"""Forks in processes with threads: what another thread is in the middle of must neither hang the child nor
-the fork, and the pool's own limits hold."""
+"""Forks in processes with threads: whatever another thread is doing, neither the child nor the fork hangs,
+and the pool's own limits hold."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from typing import Any
 
 import psycopg2
 import pytest
-from engines import MakeEngine
+from engines import MakeEngine, pool_of
+from events import Events
 from forking import How, run_in_child
 from parent import Parent, server_pid
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import TimeoutError as CheckoutTimeoutError
+from waiting import until
 
-from pidpool import PidPool, tag_of
+from pidpool import tag_of
 from pidpool.forks import detection, gate
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -31,7 +33,7 @@ BOUND = 30.0
 
 @contextmanager
 def threads(count: int, work: Callable[[int], None]) -> Iterator[None]:
-    """Run `work(number)` in so many threads; the body may let them go on for as long as it wants."""
+    """Run `work(number)` in so many threads; the body may let them go on as long as it needs."""
     failures: list[BaseException] = []
 
     def run(number: int) -> None:
@@ -85,6 +87,13 @@ def test_forks_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine)
     assert engine.pool.checkedout() == 0
 
 
+def five_sleep(engine: Engine) -> bool:
+    """Return whether five threads wait, each past its first short sleep, after which it looks again."""
+    pool = pool_of(engine)
+    waiters = list(pool._pool._waiters)  # type: ignore[attr-defined]
+    return pool.stats().waiting == 5 and all(waiter.is_due for waiter in waiters)
+
+
 def test_forks_in_c_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine) -> None:
     """Threads that wait, on the pool or with a checkout: one that wanted the interpreter's own lock at the
     fork would make any child hang that was forked in C without PyOS_AfterFork_Child()."""
@@ -106,7 +115,7 @@ def test_forks_in_c_while_threads_use_the_pool(tls_url: str, make_engine: MakeEn
         try:
             out.wait()
             with threads(5, lambda number: work(number + 3)):
-                time.sleep(0.3)  # they wait in the pool by now
+                until(lambda: five_sleep(engine), "not all five wait in the pool")
                 children = {run_in_child(use_and_leave, engine, how="c") for _ in range(10)}
                 stop.set()
         finally:
@@ -116,7 +125,7 @@ def test_forks_in_c_while_threads_use_the_pool(tls_url: str, make_engine: MakeEn
 
 
 class SlowCreator:
-    """Opens connections, but not before it is told to."""
+    """Opens connections, in the parent not before `go_on` is set."""
 
     def __init__(self, postgres: EmbeddedPostgres) -> None:
         self.begun = threading.Event()
@@ -135,7 +144,8 @@ def test_a_fork_waits_for_the_first_connect_of_another_thread(
     postgres: EmbeddedPostgres, make_engine: MakeEngine
 ) -> None:
     creator = SlowCreator(postgres)
-    engine = make_engine("postgresql+psycopg2://", creator=creator)
+    events = Events()
+    engine = make_engine("postgresql+psycopg2://", creator=creator, logger=events.logger)
     forked = threading.Event()
 
     def connect(number: int) -> None:
@@ -143,44 +153,22 @@ def test_a_fork_waits_for_the_first_connect_of_another_thread(
         assert not forked.is_set()
 
     def let_go(number: int) -> None:
-        # Once the fork waits, which shows in the gate.
-        deadline = time.monotonic() + BOUND
-        while not detection._gate._forking:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        until(lambda: detection._gate._forking, "the fork does not wait at the gate")
         creator.go_on.set()
 
     with threads(1, connect):
         assert creator.begun.wait(BOUND)
         with threads(1, let_go):
-            heard = run_in_child(adoption_heard, engine)
+            adopted = run_in_child(use_and_return_adoption, engine, events)
             forked.set()
-    assert heard["connects_in_flight"] == 0
-    assert heard["idle"] + heard["checked_out"] == 1  # the connect was over
+    assert adopted["connects_in_flight"] == 0
+    assert adopted["idle"] + adopted["checked_out"] == 1  # the connect was over
 
 
-def adoption_heard(engine: Engine) -> dict[str, Any]:
-    """Return the fields of `pool.adopted` in a child, which it uses the pool for."""
-    log = Log()
-    pool = engine.pool
-    assert isinstance(pool, PidPool)
-    pool.pool_events._logger._logger = log
-    pool.pool_events._logger._look_up()
+def use_and_return_adoption(engine: Engine, events: Events) -> dict[str, Any]:
+    """Use the pool in a child; return its event `pool.adopted`."""
     use_and_leave(engine)
-    (adopted,) = [fields for event, fields in log.heard if event == "pool.adopted"]
-    return adopted
-
-
-class Log:
-    """A logger that remembers."""
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[str, dict[str, Any]]] = []
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.heard.append((event, fields))
-
-    warning = debug = info
+    return events.the("pool.adopted")
 
 
 @both_hows
@@ -190,17 +178,18 @@ def test_a_fork_waits_no_longer_than_its_bound_and_says_so(
     """The connect in flight is the first one: the child's own must not wait for its mutex."""
     monkeypatch.setattr(gate, "CONNECT_WAIT", 0.3)
     creator = SlowCreator(postgres)
-    engine = make_engine("postgresql+psycopg2://", creator=creator)
+    events = Events()
+    engine = make_engine("postgresql+psycopg2://", creator=creator, logger=events.logger)
     with threads(1, lambda number: use(engine) and None):
         try:
             assert creator.begun.wait(BOUND)
             begun = time.monotonic()
-            heard = run_in_child(adoption_heard, engine, how=how)
+            adopted = run_in_child(use_and_return_adoption, engine, events, how=how)
             assert how == "c" or time.monotonic() - begun >= 0.3
         finally:
             creator.go_on.set()
-    assert heard["connects_in_flight"] == 1
-    assert heard["trigger"] == {"python": "hook", "c": "lazy"}[how]
+    assert adopted["connects_in_flight"] == 1
+    assert adopted["trigger"] == {"python": "hook", "c": "lazy"}[how]
     assert use(engine) > 0
 
 
@@ -271,7 +260,7 @@ def test_connecting_threads_that_fork_do_not_wait_for_each_other(
         return psycopg2.connect(tls_url.replace("+psycopg2", ""))
 
     engine = make_engine("postgresql+psycopg2://", creator=creator)
-    engine.dialect.initialize = lambda connection: None  # else the first connects alone
+    engine.dialect.initialize = lambda connection: None  # otherwise the first connects alone
     begun = time.monotonic()
     with threads(4, lambda number: use(engine) and None):
         pass
@@ -329,7 +318,8 @@ def test_a_fork_in_a_signal_handler_wherever_the_pool_is(
 def test_checkouts_of_other_threads_are_inherited_as_checkouts(
     tls_url: str, make_engine: MakeEngine, how: How
 ) -> None:
-    engine = make_engine(tls_url)
+    events = Events()
+    engine = make_engine(tls_url, logger=events.logger)
     ready = threading.Barrier(4, timeout=BOUND)
     done = threading.Event()
     kept: dict[int, tuple[int, Any]] = {}
@@ -348,28 +338,50 @@ def test_checkouts_of_other_threads_are_inherited_as_checkouts(
         try:
             ready.wait()
             parent = Parent(engine, "in transaction")
-            heard = run_in_child(adoption_heard, engine, how=how)
+            adopted = run_in_child(use_and_return_adoption, engine, events, how=how)
         finally:
             done.set()
         parent.notices_nothing()
-    assert (heard["idle"], heard["checked_out"], heard["in_transaction"]) == (0, 4, 4)
+    assert (adopted["idle"], adopted["checked_out"], adopted["in_transaction"]) == (0, 4, 4)
 
 
+@pytest.mark.usefixtures("table")
 def test_threads_of_a_child_share_its_pool(tls_url: str, make_engine: MakeEngine) -> None:
-    engine = make_engine(tls_url, pool_size=2, max_overflow=1)
-    held = engine.connect()
-    number = server_pid(held)
+    """Three threads have all its connections, five wait for one of these three."""
+    engine = make_engine(tls_url, pool_size=2, max_overflow=1, pool_timeout=BOUND)
+    parent = Parent(engine, "in transaction")
 
-    def child() -> int:
-        seen = set()
-        with threads(8, lambda number: seen.add(use(engine))):
-            pass
+    def child() -> tuple[list[int], list[int]]:
+        parent.connection = None
+        out = threading.Barrier(4, timeout=BOUND)
+        go_on = threading.Event()
+        first: list[int] = []
+        later: list[int] = []
+
+        def hold(number: int) -> None:
+            with engine.connect() as connection:
+                first.append(server_pid(connection))
+                out.wait()
+                assert go_on.wait(BOUND)
+
+        with threads(3, hold):
+            try:
+                out.wait()
+                with threads(5, lambda number: later.append(use(engine))):
+                    try:
+                        until(lambda: pool_of(engine).stats().waiting == 5, "not all five wait in the pool")
+                        assert later == []
+                    finally:
+                        go_on.set()
+            finally:
+                go_on.set()
         engine.dispose()
-        return len(seen)
+        return first, later
 
-    assert 1 <= run_in_child(child) <= 8  # overflow is closed and opened again
-    assert server_pid(held) == number
-    held.close()
+    first, later = run_in_child(child)
+    assert len(set(first)) == 3 and parent.server_pid not in first
+    assert len(later) == 5 and set(later) <= set(first)
+    parent.notices_nothing()
 
 
 def test_the_pools_limits_are_exact_with_64_threads(tls_url: str, make_engine: MakeEngine) -> None:
@@ -421,7 +433,7 @@ def test_a_child_forked_inside_a_creator_leaves_the_parents_gate_alone(tls_url: 
         holder = threading.Thread(target=hold)
         holder.start()
         assert held.wait(BOUND)
-        if how == "python":  # whose hook waits for the lock, for a bounded time and then without it
+        if how == "python":  # its hook waits for the lock, for a bounded time
             let_go.set()
         run_in_child(connecting.__exit__, None, None, None, how=how, life=10)
         let_go.set()

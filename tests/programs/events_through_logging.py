@@ -22,7 +22,7 @@ structlog.configure(
 handler = logging.FileHandler(sys.argv[2])
 handler.setFormatter(
     structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=shared,  # for the lines of those who know nothing of structlog
+        foreign_pre_chain=shared,  # for lines that were not logged through structlog
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.JSONRenderer(),

@@ -41,7 +41,7 @@ def use_the_pool() -> dict[str, Any]:
 
 
 def use_what_is_held() -> dict[str, Any]:
-    """Return what befell the first use of the parent's connection, and with what it went on."""
+    """Return the error of the first use of the parent's connection, and the connection used afterwards."""
     befell = "nothing"
     try:
         held.execute(text("select 1"))

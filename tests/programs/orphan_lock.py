@@ -1,6 +1,6 @@
 """A parent is killed while it holds a row lock, and its child lives on: orphan_lock.py URL POOL
 
-Prints whether somebody else gets the lock within 3 s, with the child alive."""
+Prints whether another session gets the lock within 3 s, with the child alive."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from sqlalchemy.pool import QueuePool
 
 from pidpool import PidPool
 
-# What a child inherits in a transaction is a warning each time; here it is what is tried.
+# Each connection inherited in a transaction is a warning; here that is the point of the test.
 logging.getLogger("pidpool").setLevel(logging.ERROR)
 
 

@@ -99,6 +99,7 @@ def test_every_option_is_in_the_table() -> None:
     parameters = inspect.signature(PidPool.__init__).parameters
     of_queue_pool = {"self", "creator", "pool_size", "max_overflow", "timeout", "use_lifo", "options"}
     described = {row[0].strip("| `"): row[2].strip("`") for row in table("| option | takes")}
+    assert described.pop("pool_logging_name") == "host:port/database"  # QueuePool's, with another default
     assert described.keys() == parameters.keys() - of_queue_pool
     for name, default in described.items():
         assert default in (

@@ -6,13 +6,13 @@ import gc
 import os
 import signal
 import threading
-import time
 from typing import Any
 
 import pytest
-from forking import How, fork, run_in_child
+from forking import How, fork, has_ended, run_in_child
 from sqlalchemy import event, exc
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+from waiting import until
 
 from pidpool import PidPool
 from pidpool._sqlalchemy.idle_queue import IdleQueue
@@ -22,7 +22,7 @@ BOUND = 30.0
 
 
 class Connection:
-    """A connection of a driver that does nothing, except fail when it is told to."""
+    """A connection of a driver that does nothing, and fails if `fails` is set."""
 
     def __init__(self, number: int, told: list[Any]) -> None:
         self.number = number
@@ -45,7 +45,7 @@ class Connection:
 
 
 class Driver:
-    """Opens connections, and notes all that is done with them, in order."""
+    """Opens connections, and records in order what is done with them."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []
@@ -69,7 +69,7 @@ class Refused(Exception):
 
 
 def test_a_failed_checkout_that_lives_on_does_not_return_anybody_elses() -> None:
-    """The traceback of the error has it, for as long as somebody keeps that."""
+    """The error's traceback refers to it, as long as the error is kept."""
     pool = PidPool(Driver(), pool_size=1, max_overflow=0, timeout=0)
 
     def refuse(*_: Any) -> None:
@@ -111,7 +111,7 @@ def test_an_item_handed_to_a_thread_that_is_interrupted_goes_to_the_next() -> No
     queue: IdleQueue[str] = IdleQueue(1)
 
     def interrupt(*_: Any) -> None:
-        # What another thread that returns a connection does, one step before this one can go on.
+        # As another thread does that returns a connection, one step before this one can go on.
         waiter = queue._waiters.popleft()
         waiter.hand("item")
         raise Interrupted
@@ -140,11 +140,11 @@ def test_a_child_forked_by_a_handler_in_a_waiting_thread_goes_on_with_its_own(
     children: list[int] = []
 
     def let_in() -> None:
-        time.sleep(0.3)
+        until(lambda: pool.stats().waiting == 1, "the thread does not wait")
         os.kill(own, signal.SIGUSR1)
 
     def handle(*_: Any) -> None:
-        # The child returns from here, to where its parent was.
+        # The child returns from here into the wait that its parent was in.
         pid = fork(how)
         if pid:
             children.append(pid)
@@ -167,13 +167,11 @@ def test_a_child_forked_by_a_handler_in_a_waiting_thread_goes_on_with_its_own(
         os.close(writer)
     assert held(again).number == 1
     child = children[0]
-    deadline = time.monotonic() + 10
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            pytest.fail("the child waits for a connection of its parent's")
-        time.sleep(0.01)
+    try:
+        until(lambda: has_ended(child), "the child waits for a connection of its parent's", 10)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert os.read(reader, 1) == b"1"
     os.close(reader)
     assert pool.stats().waiting == 0

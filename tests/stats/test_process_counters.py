@@ -11,7 +11,7 @@ from pidpool.forks import ownership
 
 
 @pytest.mark.parametrize("server_pid", [None, 0, 4711, (1 << 31) - 1, -(1 << 31), -2])
-def test_any_server_pid_is_told(monkeypatch: pytest.MonkeyPatch, server_pid: int | None) -> None:
+def test_any_server_pid_is_reported(monkeypatch: pytest.MonkeyPatch, server_pid: int | None) -> None:
     """PgBouncer gives out random ones, every second of which is negative."""
 
     class Random(Driver):

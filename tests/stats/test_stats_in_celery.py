@@ -1,21 +1,21 @@
-"""`serve_stats` in a Celery worker, which has no web server: its parent tells of all its children."""
+"""`serve_stats` in a Celery worker, which has no web server: its parent reports all its children."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from waiting import PATIENCE, until
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 CHILDREN = 2
 TASKS = 12
 CHECKOUTS = 3
-PATIENCE = 60.0
 
 WORKER = f"""
 import os, pathlib
@@ -77,15 +77,17 @@ def test_the_parent_serves_for_all_its_children(tmp_path: Path, postgres: Embedd
 
 def wait_for_the_work_to_be_done(worker: Any, port: Path, log: Path) -> Any:
     """Return the family as it is once it has made all the checkouts of all the tasks."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        assert worker.poll() is None and time.monotonic() < deadline, log.read_text()
-        if port.exists():
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{port.read_text()}/stats.json", timeout=20
-            ) as response:
-                (family,) = json.load(response)["pools"]
-            if family["counters"]["checkins"] == 1 + TASKS * CHECKOUTS:
-                assert family["counters"]["checkouts"] == 1 + TASKS * CHECKOUTS
-                return family
-        time.sleep(0.1)
+
+    def family_at_the_end() -> Any:
+        assert worker.poll() is None, log.read_text()
+        if not port.exists():
+            return None
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{port.read_text()}/stats.json", timeout=20
+        ) as response:
+            (family,) = json.load(response)["pools"]
+        return family if family["counters"]["checkins"] == 1 + TASKS * CHECKOUTS else None
+
+    family = until(family_at_the_end, log.read_text, interval=0.1)
+    assert family["counters"]["checkouts"] == 1 + TASKS * CHECKOUTS
+    return family

@@ -90,7 +90,7 @@ def get(port: int, path: str) -> bytes | None:
 
 
 def family_of(port: int) -> tuple[int, Any]:
-    """Return the pid of the worker that answered, and the family as it told."""
+    """Return the pid of the worker that answered, and the family that it reported."""
     body = get(port, "/pidpool/stats.json")
     assert body is not None
     stats = json.loads(body)
@@ -98,7 +98,7 @@ def family_of(port: int) -> tuple[int, Any]:
     return stats["answered_by"], family
 
 
-def test_any_worker_tells_of_all_and_no_checkout_is_lost(tmp_path: Path, postgres: EmbeddedPostgres) -> None:
+def test_any_worker_reports_all_and_no_checkout_is_lost(tmp_path: Path, postgres: EmbeddedPostgres) -> None:
     with gunicorn(tmp_path, postgres.url(tls=True)) as (master, port):
         until(lambda: family_of(port)[1]["alive"] == 1 + WORKERS, "the workers don't appear")
         answered = []

@@ -19,7 +19,7 @@ PATIENCE = 30.0
 
 
 class Browser:
-    """A tab, and what the tests want to know of it."""
+    """A tab, with the questions that the tests have."""
 
     def __init__(self, driver: webdriver.Chrome) -> None:
         self.driver = driver
@@ -59,7 +59,7 @@ class Browser:
         return [request["url"] for request in sent]
 
     def complaints(self) -> list[str]:
-        """Return what the console says of errors since the last call, broken policies included."""
+        """Return the console's errors since the last call, broken policies included."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
 

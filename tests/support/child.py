@@ -1,10 +1,11 @@
-"""The child's side of a fork test: all that it can do with what it inherited, and what it must see."""
+"""The child's side of a fork test: each use of what it inherited, and the checks of what it must see."""
 
 from __future__ import annotations
 
 import gc
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from parent import Parent, server_pid
@@ -17,8 +18,17 @@ STATES = ["idle", "no transaction", "in transaction", "detached", "detached in t
 POLICIES = ["replace", "refuse"]
 
 
+def raises_foreign(connection: Any, statement: str = "select 1") -> ForeignConnectionError:
+    """Check that an inherited connection refuses a statement; return the error of the refusal."""
+    with pytest.raises(OperationalError) as caught:
+        connection.execute(text(statement))
+    assert caught.value.connection_invalidated
+    assert isinstance(caught.value.orig, ForeignConnectionError)
+    return caught.value.orig
+
+
 class Child:
-    """What a child does; each method returns nothing and asserts what it must see."""
+    """A child; each method of the first group does one thing, and asserts what the child must see."""
 
     def __init__(self, parent: Parent, policy: str) -> None:
         self.engine = parent.engine
@@ -143,7 +153,7 @@ class Child:
         assert (error.orig.owner_pid, error.orig.pid) == (os.getppid(), os.getpid())
 
     def leave(self) -> None:
-        """End without a connection of its own left open: the server's log tells of a rude end."""
+        """Close all connections of its own: otherwise the server's log complains."""
         if self.connection is not None:
             self.connection.close()
         self.connection = None

@@ -111,11 +111,29 @@ def adopted(pid: int, parent_pid: int, at: float, idle: int = 0, checked_out: in
 
 
 def inherited(
-    pid: int, owner_pid: int, number: int, at: float, state: str = "in transaction", where: str | None = None
+    pid: int,
+    owner_pid: int,
+    number: int,
+    at: float,
+    state: str = "in transaction",
+    where: str | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     return event(
-        "connection.inherited", pid, at, **tag(owner_pid, number), state=state, action="severed", where=where
+        "connection.inherited",
+        pid,
+        at,
+        **tag(owner_pid, number),
+        state=state,
+        action="severed",
+        where=where,
+        **more,
     )
+
+
+def read(log: Path) -> list[dict[str, Any]]:
+    """Return the events of a log that has one JSON object on each line."""
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def text_of(events: list[dict[str, Any]]) -> str:

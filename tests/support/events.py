@@ -1,4 +1,4 @@
-"""Events as a test sees them: a structlog logger that keeps what pidpool tells."""
+"""Events as a test sees them: a structlog logger that keeps what pidpool logs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ COUNTS = {"idle", "checked_out", "in_transaction"}
 FAMILY = {"family_limit", "family_used", "family_idle", "family_wanting", "holders"}
 LEVELS_AND_FIELDS = {
     "connection.opened": ("info", TAG | {"create_time"}),
+    "connection.failed": ("warning", {"error", "create_time"}),
     "connection.checked_out": ("debug", TAG | {"wait_time"}),
     "connection.checked_in": ("debug", TAG | {"use_time"}),
     "connection.invalidated": ("info", TAG | {"soft", "error"}),
     "connection.closed": ("info", TAG | {"reason"}),
     "connection.given_back": ("info", TAG | {"idle"}),
-    "connection.inherited": ("warning", TAG | {"state", "action", "where"}),
+    "connection.inherited": ("warning", TAG | {"state", "action", "where", "forked_at"}),
     "connection.replaced": ("info", TAG | {"by", "by_server_pid"}),
     "connection.refused": ("warning", TAG | {"state"}),
     "checkout.timed_out": ("warning", {"wait_time", "size", "overflow", "checked_out", *FAMILY}),
     "checkout.overdue": ("warning", TAG | {"held", "hold_warning", "where"}),
     "checkout.returned_late": ("warning", TAG | {"use_time", "hold_warning", "where"}),
-    "pool.forked": ("info", COUNTS),
-    "pool.adopted": ("info", COUNTS | {"parent_pid", "trigger", "connects_in_flight"}),
+    "pool.forked": ("info", COUNTS | {"forked_at"}),
+    "pool.adopted": ("info", COUNTS | {"parent_pid", "trigger", "connects_in_flight", "forked_at"}),
     "pool.disposed": ("info", {"closed", "checked_out"}),
     "family.private": ("warning", {"family", "reason"}),
     "pool.over_maximum": ("warning", {"processes", "maximum", "server_max_connections"}),
@@ -32,7 +33,7 @@ LEVELS_AND_FIELDS = {
 
 
 class Events:
-    """All events told through `logger` in this process, a child's copy of the parent's included."""
+    """All events logged through `logger` in this process; a child begins with a copy of its parent's."""
 
     def __init__(self) -> None:
         self.all: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Families made by hand, and a pool that tells of such a one: for tests of what is shown."""
+"""Families made by hand, and a pool that reports such a one: for tests of what is shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NOTHING = Counters()
 
 
 class ToldPool(PidPool):
-    """Tells of the family that it was given."""
+    """Reports the family that it was given."""
 
     told: Any = None
 
@@ -27,7 +27,7 @@ class ToldPool(PidPool):
 
 
 def telling(family: Any) -> Engine:
-    """Return an engine whose pool tells of `family`, or of what it returns when called."""
+    """Return an engine whose pool reports `family`, or what `family()` returns."""
     engine = create_engine("sqlite://", poolclass=ToldPool)
     assert isinstance(engine.pool, ToldPool)
     engine.pool.told = family
@@ -68,6 +68,7 @@ def process(pid: int, parent: int | None, counters: Counters = _NOTHING, **field
         "idle": sum(each.state == "idle" for each in connections),
         "used": sum(each.state == "used" for each in connections),
         "waiting": 0,
+        "overdue": None,
         "counters": counters,
         "connections": tuple(connections),
         **fields,
@@ -76,7 +77,7 @@ def process(pid: int, parent: int | None, counters: Counters = _NOTHING, **field
 
 
 def family(*processes: PoolStats, pool: str = "shop", **fields: Any) -> FamilyStats:
-    """Return a family whose counters are the sums of its processes'."""
+    """Return a family whose counters are the sums over its processes."""
     values: dict[str, Any] = {
         "pool": pool,
         "taken_at": time.time(),
@@ -95,9 +96,19 @@ def small_family(**fields: Any) -> FamilyStats:
     parent = process(
         41,
         None,
-        Counters(opened=2, checkouts=7, checkins=6, forks=2, wait_time=histogram(1e-5, 0.002), timeouts=1),
+        Counters(
+            opened=2,
+            failed={"OperationalError": 2},
+            checkouts=7,
+            checkins=6,
+            forks=2,
+            wait_time=histogram(1e-5, 0.002),
+            timeouts=1,
+            overdue=4,
+        ),
         connections=[connection(41, 1), connection(41, 2, "used", thread="MainThread")],
         waiting=3,
+        overdue=1,
     )
     child = process(
         57,

@@ -3,6 +3,7 @@ returned or the traceback of what it raised."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -15,6 +16,8 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Literal
+
+from waiting import until
 
 How = Literal["python", "c", "c with child hooks"]
 
@@ -70,7 +73,8 @@ def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", 
             os.close(reader)
         if hung:
             os.kill(pid, signal.SIGABRT)
-            _wait_for(pid, 2.0)
+            with contextlib.suppress(AssertionError):
+                until(lambda: has_ended(pid), "", patience=2.0)
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if hung or not answer:
@@ -84,13 +88,9 @@ def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", 
     return value
 
 
-def _wait_for(pid: int, seconds: float) -> None:
-    """Return when the child has ended, still to be reaped, or after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            return
-        time.sleep(0.01)
+def has_ended(pid: int) -> bool:
+    """Return whether a child has ended; it is still to be reaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _read_all(reader: int, deadline: float) -> tuple[bytes, bool]:

@@ -1,4 +1,4 @@
-"""Waits of tests for what another process does: bounded, and looking again until it is so."""
+"""Bounded waits for another thread or process: the condition is looked at again and again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from typing import Any
 PATIENCE = 60.0
 
 
-def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """Return the first true value that `condition()` returns; fails with `what` after so many seconds."""
+def until(
+    condition: Callable[[], Any],
+    failure: str | Callable[[], str],
+    patience: float = PATIENCE,
+    interval: float = 0.005,
+) -> Any:
+    """Return the first true value of `condition()`, called every `interval` seconds.
+
+    Fail with `failure`, or with what it returns then, after `patience` seconds.
+    """
     deadline = time.monotonic() + patience
     while True:
         found = condition()
         if found:
             return found
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+        assert time.monotonic() < deadline, failure if isinstance(failure, str) else failure()
+        time.sleep(interval)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -16,8 +17,8 @@ SUBCOMMANDS = ["demo", "logs", "ps", "top"]
 
 
 def pidpool(*arguments: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run the command where the packages named in `without` are not installed; its last line of standard
-    error tells the modules that it had imported in the end."""
+    """Run the command as if the packages named in `without` were not installed; the last line of its
+    standard error lists the modules that it had imported at its end."""
     program = f"""
 import atexit, sys
 for name in {without!r}:
@@ -48,7 +49,13 @@ def test_help_lists_the_commands_without_importing_them() -> None:
     assert "psutil" not in imported
 
 
-def test_the_version_is_told() -> None:
+def test_the_package_has_its_version() -> None:
+    import pidpool as package
+
+    assert package.__version__ == metadata.version("pidpool")
+
+
+def test_the_version_is_printed() -> None:
     done = pidpool("--version")
     assert (done.returncode, done.stdout) == (0, f"pidpool {metadata.version('pidpool')}\n")
 
@@ -62,7 +69,7 @@ def test_output_that_can_not_be_written_is_no_finding(arguments: list[str]) -> N
     assert done.stderr == "pidpool: the output: No space left on device\n"
 
 
-def test_the_demos_help_tells_its_exit_status_and_starts_nothing() -> None:
+def test_the_demos_help_names_its_exit_status_and_starts_nothing() -> None:
     done = pidpool("demo", "--help")
     assert done.returncode == 0, done.stderr
     assert "Exit status: 0" in done.stdout
@@ -110,6 +117,7 @@ def test_a_missing_module_of_pidpools_own_is_no_matter_of_extras() -> None:
     ("arguments", "example"),
     [
         ([], "pidpool logs "),
+        (["demo"], "pidpool demo --"),
         (["logs"], "pidpool logs --"),
         (["ps"], "pidpool ps --"),
         (["top"], "pidpool top --"),
@@ -123,3 +131,28 @@ def test_each_help_ends_with_an_example_also_as_a_module(arguments: list[str], e
     *_, title, last = done.stdout.splitlines()
     assert title.strip() == "Example:"
     assert last.strip().startswith(example)
+
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands_as_the_readme_has_it(shell: str) -> None:
+    assert f"_PIDPOOL_COMPLETE={shell}_source pidpool" in README
+    command = Path(sys.executable).with_name("pidpool")
+
+    def answer(instruction: str, **environment: str) -> str:
+        done = subprocess.run(
+            [str(command)],
+            env={**os.environ, "_PIDPOOL_COMPLETE": f"{shell}_{instruction}", **environment},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # click asks bash for its version: 4.4 is needed.
+    assert "_PIDPOOL_COMPLETE" in answer("source")
+    words = {"COMP_WORDS": "pidpool lo", "COMP_CWORD": "lo" if shell == "fish" else "1"}
+    assert "logs" in answer("complete", **words)

@@ -128,10 +128,11 @@ def test_the_others_lose_rows_and_die(run: Any) -> None:
         assert lock["until_child_ended"]
         assert lock["seconds"] >= failures.ORPHAN_SECONDS
         assert any("no transaction in progress" in line for line in document["complaints"][key])
-    # Whether children hang is a matter of chance; that each is accounted for is not.
+    # Whether children hang is a matter of chance; that each harm counts as a failure is not.
     for measured in contenders(document, "forked_with_threads").values():
         assert measured["forks"] == 10
-        assert 0 <= measured["children_hung"] + measured["children_failed"] <= 10
+        harm = {name: measured[name] for name in ("children_hung", "children_failed", "parent_errors")}
+        assert measured["failed"] == any(harm.values()), harm
 
 
 def test_the_document_tells_what_was_measured_on_what(run: Any) -> None:
@@ -306,17 +307,17 @@ def test_a_measurement_that_does_not_end_is_ended_with_all_its_children(
     monkeypatch.setenv(MARK, environment[MARK])
     request = {"failure": "forked_with_threads", "contender": "queuepool", "url": postgres.url(tls=True)}
     measured = measuring._run_worker({**request, "table": "", "iterations": 1000, "seconds": 2.0})
-    assert measured["broken"] == "not over after 2 s"
+    assert measured["broken"] == "no result after 2 s"
     monkeypatch.delenv(MARK)
     assert_nothing_is_left_of(environment, seconds=2.0)  # sooner than the children's own timers
     verdict = FAILURES[0].verdict(measured)
     assert verdict.failed
-    assert verdict.text == "not over after 2 s"
+    assert verdict.text == "no result after 2 s"
 
 
 def test_a_measurement_that_breaks_off_says_with_what(postgres: EmbeddedPostgres) -> None:
     measured = measuring._measure("no such failure", PIDPOOL, make_url(postgres.url()), iterations=1)
-    assert measured["broken"] == "breaks off with status 1"
+    assert measured["broken"] == "ends with status 1"
     assert "KeyError: 'no such failure'" in measured["stderr"]
 
 
@@ -327,14 +328,14 @@ def test_a_measurement_that_breaks_off_says_with_what(postgres: EmbeddedPostgres
         ("dropped_session", {"rows_present": 3}, "1 of 4 rows lost"),
         ("dropped_session", {"commits_reported": 3, "rows_present": 3}, "1 of 4 commits raise"),
         ("forked_in_c", {"children_failed": 1}, "1 of 4 children fail"),
-        ("orphaned_lock", {"until_child_ended": True}, "held 0.0 s, till child ends"),
+        ("orphaned_lock", {"until_child_ended": True}, "held 0.0 s, until child ends"),
         ("forked_with_threads", {"children_hung": 2}, "2 of 4 hang"),
         (
             "forked_with_threads",
             {"children_failed": 1, "parent_errors": 3},
             "1 of 4 fail, 3 errors in the parent",
         ),
-        ("orphaned_lock", {"broken": "not over after 61 s"}, "not over after 61 s"),
+        ("orphaned_lock", {"broken": "no result after 61 s"}, "no result after 61 s"),
     ],
 )
 def test_any_harm_to_pidpool_makes_the_run_fail(name: str, change: dict[str, Any], said: str) -> None:
@@ -371,8 +372,8 @@ def test_a_failure_of_pidpools_is_exit_status_1_and_named(
     json_wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = unharmed()
-    results.measured["orphaned_lock", "pidpool"] = {"broken": "not over after 61 s", "stderr": ""}
-    results.speed = {"broken": "not over after 61 s", "stderr": ""}
+    results.measured["orphaned_lock", "pidpool"] = {"broken": "no result after 61 s", "stderr": ""}
+    results.speed = {"broken": "no result after 61 s", "stderr": ""}
     monkeypatch.setattr(demo, "_measure", lambda *_: (results, {"version": "17.10", "embedded": True}))
     monkeypatch.setenv("COLUMNS", "80")
     done = CliRunner().invoke(demo.command, ["--json"] if json_wanted else [])
@@ -381,10 +382,10 @@ def test_a_failure_of_pidpools_is_exit_status_1_and_named(
         document = json.loads(done.stdout)
         assert document["clean"] is False
         (lock,) = [each for each in document["failures"] if each["name"] == "orphaned_lock"]
-        assert lock["contenders"]["pidpool"]["text"] == "not over after 61 s"
+        assert lock["contenders"]["pidpool"]["text"] == "no result after 61 s"
     else:
         assert "PidPool FAILED" in done.stdout
-        assert "could not be measured: not over after 61 s" in done.stdout
+        assert "could not be measured: no result after 61 s" in done.stdout
         assert "QueuePool got through 'Child drops the" in " ".join(done.stdout.split())
 
 

@@ -1,4 +1,4 @@
-"""`pidpool logs` tells what happened from the log alone: who forked whom, what leaked and what took long;
+"""`pidpool logs` shows from the log alone which process forked which, what leaked and what took long;
 of logs written by real processes, of broken and hostile ones, and of ones that are still being written.
 """
 
@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,8 +27,10 @@ from forking import run_in_child
 
 from pidpool.cli.logs import command
 from pidpool.events.pool_events import PoolEvents
+from pidpool.stats.family import Family
+from pidpool.tag import ConnectionTag
 from pidpool.tools.demo.postgres import EmbeddedPostgres
-from pidpool.tools.logs import clean, processes, reading, summary
+from pidpool.tools.logs import clean, event_fields, processes, reading, summary, unmatched
 from pidpool.tools.logs.document import document
 from pidpool.tools.logs.reading import Followed, Source, Unreadable
 from pidpool.tools.logs.summary import Summary
@@ -40,7 +43,7 @@ def logs(*arguments: object) -> Result:
     return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
-def told(*arguments: object) -> dict[str, Any]:
+def as_json(*arguments: object) -> dict[str, Any]:
     result = logs("--json", *arguments)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
@@ -92,7 +95,7 @@ def test_a_fork_in_a_transaction_is_a_leak_with_its_owner_and_what_was_done(
     engine.dispose()
     """
     event_logs.run(program, log, postgres.url(tls=True))
-    found = told(log)
+    found = as_json(log)
     assert found["foreign_lines"] == 0
     assert found["open_transaction_leaks"] == len(found["leaks"]) == 3
     root, *children = found["processes"]
@@ -106,7 +109,7 @@ def test_a_fork_in_a_transaction_is_a_leak_with_its_owner_and_what_was_done(
         assert leak["server_pid"] == root["connections"][0]["server_pid"]
         assert " in <module>" in leak["where"]
         assert leak["refused"] and leak["replaced_by"] is None  # after its rollback it checked out anew
-    assert root["forks"] == 3 and found["unheard_forks"] == []
+    assert root["forks"] == 3 and found["unmatched_forks"] == []
     assert root["checkouts"] == root["checkins"] == 4
     assert found["not_returned"] == []
     assert logs("--check", log).exit_code == 1
@@ -115,7 +118,69 @@ def test_a_fork_in_a_transaction_is_a_leak_with_its_owner_and_what_was_done(
     assert "in transaction; severed, then refused" in text
 
 
-def test_a_child_that_never_uses_the_pool_is_told_of_by_its_parent(
+TWO_PLACES = """
+    engine = engine()
+
+    def use():
+        engine.connect().close()
+        engine.dispose()
+
+    def send_mail():
+        fork(use)
+
+    def resize_image():
+        for i in range(2):
+            fork(use)
+
+    def fork_alone():
+        fork(lambda: None)
+
+    session = Session(engine)
+    session.execute(text("select 1"))
+    send_mail()
+    session.commit()
+    resize_image()
+    session.execute(text("select 1"))
+    fork_alone()
+    session.close()
+    engine.dispose()
+    """
+
+
+def test_leaks_are_grouped_by_the_line_that_forked(
+    postgres: EmbeddedPostgres, clean_log: None, log: Path
+) -> None:
+    event_logs.run(TWO_PLACES, log, postgres.url(tls=True))
+    found = as_json(log)
+    by_caller = {
+        each["fork_line"].split(" < ")[1].rpartition(" in ")[2]: (
+            each["leaks"],
+            each["open_transaction_leaks"],
+        )
+        for each in found["fork_lines"]
+    }
+    assert by_caller == {"fork_alone": (1, 1), "send_mail": (1, 1), "resize_image": (2, 0)}
+    assert {each["fork_line"].split(" < ")[0].rpartition(" in ")[2] for each in found["fork_lines"]} == {
+        "fork"
+    }
+    assert [leak["fork_line"].split(" < ")[1].rpartition(" in ")[2] for leak in found["leaks"]] == [
+        "send_mail",
+        "resize_image",
+        "resize_image",
+    ]
+    (unmatched,) = found["unmatched_forks"]
+    assert "fork_alone" in unmatched["fork_line"]
+    shown = logs(log).output
+    assert "Connections that crossed a fork, by the line that forked" in shown
+    assert re.search(
+        r" 1×  1 with an open transaction\n +<string>:\d+ in fork\n +called at <string>:\d+ in send_mail\n",
+        shown,
+    )
+    assert re.search(r" 2×\n +<string>:\d+ in fork\n +called at <string>:\d+ in resize_image\n", shown)
+    assert re.search(r"pid \d+ → a child.*\n.*\n +forked at <string>:\d+ in fork\n", shown)
+
+
+def test_a_fork_whose_child_never_uses_the_pool_is_known_from_the_parents_log(
     postgres: EmbeddedPostgres, clean_log: None, log: Path
 ) -> None:
     program = """
@@ -137,10 +202,10 @@ def test_a_child_that_never_uses_the_pool_is_told_of_by_its_parent(
     engine.dispose()
     """
     event_logs.run(program, log, postgres.url(tls=True))
-    found = told(log)
+    found = as_json(log)
     assert found["foreign_lines"] == 0
-    told_of = found["leaks"] + [fork for fork in found["unheard_forks"] if fork["in_transaction"] == 1]
-    assert len(told_of) == found["open_transaction_leaks"] == 3
+    crossed = found["leaks"] + [fork for fork in found["unmatched_forks"] if fork["in_transaction"] == 1]
+    assert len(crossed) == found["open_transaction_leaks"] == 3
     assert logs("--check", log).exit_code == 1
 
 
@@ -156,7 +221,7 @@ def test_a_run_without_forks_passes_the_check(postgres: EmbeddedPostgres, log: P
     result = logs("--check", log)
     assert result.exit_code == 0
     assert "No connection crossed a fork" in result.stdout
-    (process,) = told(log)["processes"]
+    (process,) = as_json(log)["processes"]
     assert process["checkouts"] == 3 and process["closed"] == {"disposed": 1} and process["disposed"] == 1
 
 
@@ -189,11 +254,15 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
     connection.invalidate()
     connection.close()
     engine.dispose()
+    try:
+        create_engine("sqlite:////nowhere/app.db", poolclass=PidPool).connect()
+    except exc.OperationalError:
+        pass
     """
     event_logs.run(program, log, postgres.url(tls=True))
-    known = {json.loads(line)["event"] for line in log.read_text().splitlines()}
+    known = {each["event"] for each in event_logs.read(log)}
     assert known == summary.Summary()._takes.keys() - {"connection.refused", "pool.over_maximum"}
-    found = told(log)
+    found = as_json(log)
     assert found["foreign_lines"] == 0
     assert [leak["state"] for leak in found["leaks"]] == ["no transaction", "idle"]
     assert found["leaks"][0]["replaced_by"].startswith(f"{found['leaks'][0]['pid']}-")
@@ -211,39 +280,79 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
     assert found["totals"]["invalidations"] == 1
 
 
-def test_what_the_pool_tells_and_what_is_understood_are_the_same() -> None:
-    told = {
-        name.replace("_", ".", 1): method
-        for name, method in inspect.getmembers(PoolEvents, inspect.isfunction)
+def test_the_fields_of_every_event_method_are_the_listed_ones() -> None:
+    # A field that is missing from the list would be shown as one that the user added.
+    methods = {
+        name.replace("_", ".", 1): name
+        for name, _ in inspect.getmembers(PoolEvents, inspect.isfunction)
         if name.partition("_")[0] in ("connection", "checkout", "pool")
     }
-    assert told.keys() == Summary()._takes.keys()
-    for method in told.values():
-        parameters = {**inspect.signature(method).parameters}
-        names = {name for name, each in parameters.items() if "ConnectionTag" not in str(each.annotation)}
-        assert names - {"self"} <= clean._NOT_THE_USERS, method
+    assert methods.keys() == Summary()._takes.keys()
+    written: dict[str, dict[str, object]] = {}
+
+    class Recorder:
+        def debug(self, event: str, **fields: object) -> None:
+            written[event] = fields
+
+        info = warning = debug
+
+    pool_events = PoolEvents("app", Recorder(), Family(5, 10))
+    for name in methods.values():
+        method = getattr(pool_events, name)
+        values = {
+            parameter.name: a_value(str(parameter.annotation))
+            for parameter in inspect.signature(method).parameters.values()
+        }
+        method(**values)
+    assert written.keys() == methods.keys()
+    assert {field for fields in written.values() for field in fields} == event_fields.PIDPOOL
+
+
+def a_value(annotation: str) -> Any:
+    if annotation.startswith("ConnectionTag"):
+        return ConnectionTag("1-1", 1, 2, 3, 4, AT)
+    if annotation.startswith("BaseException"):
+        return ValueError()
+    if annotation == "StateAtFork":
+        return "idle"
+    if annotation == "CloseReason":
+        return "recycled"
+    return 1
 
 
 def test_a_pool_that_may_have_more_connections_than_its_server_takes_is_named(log: Path) -> None:
     over = {"processes": 4, "maximum": 60, "server_max_connections": 40}
     write(log, [*a_log_of(10), event("pool.over_maximum", 10, 3, **over)])
-    assert told(log)["over_maximum"] == [{"at": AT + 3, "process": "10", "pool": "app", **over}]
+    assert as_json(log)["over_maximum"] == [{"at": AT + 3, "process": "10", "pool": "app", **over}]
     shown = logs(log).output
     assert "app: 4 processes, 60 connections at most; the server takes 40" in shown
     (line,) = followed_lines([event("pool.over_maximum", 10, 3, **over)])
     assert "pool.over_maximum  processes=4  maximum=60  server_max_connections=40" in line
 
 
+def test_connects_that_failed_are_counted_by_their_error(log: Path) -> None:
+    failed = [
+        event("connection.failed", 10, at, error=error, create_time=0.2)
+        for at, error in ((1, "OperationalError"), (2, "OperationalError"), (3, "TimeoutError"))
+    ]
+    write(log, [*a_log_of(10), *failed])
+    assert as_json(log)["totals"]["failed"] == {"OperationalError": 2, "TimeoutError": 1}
+    shown = " ".join(logs(log).output.split())
+    assert "2 connects failed (OperationalError)" in shown
+    (line,) = followed_lines(failed[2:])
+    assert "pid 10  connection.failed  error=TimeoutError  create_time=0.2" in line
+
+
 # -- the tree
 
 
-def test_the_tree_has_grandchildren_also_where_they_are_heard_of_first() -> None:
+def test_the_tree_has_grandchildren_even_if_their_events_come_first() -> None:
     found = summarised([opened(10, 1, 0), adopted(30, 20, 2), adopted(20, 10, 1), opened(20, 1, 3)])
     tree = {process.id: process.parent and process.parent.id for process in found.processes}
     assert tree == {"10": None, "20": "10", "30": "20"}
     assert not next(
         process for process in summarised([adopted(30, 20, 2)]).processes if process.pid == 20
-    ).speaks
+    ).has_events
 
 
 def test_without_adoptions_the_owner_is_taken_for_the_parent() -> None:
@@ -292,8 +401,8 @@ def test_several_pools_of_one_process_are_adopted_together() -> None:
 # -- checkouts
 
 
-def test_a_checkin_that_is_told_late_does_not_end_the_next_checkout() -> None:
-    # A finalizer's events are written at the next use of the pool, with the time at which they happened.
+def test_a_checkin_that_is_logged_late_does_not_end_the_next_checkout() -> None:
+    # A finalizer's events are logged at the next use of the pool, with the time at which they happened.
     late = [checkout(1, 1, 0), checkout(1, 1, 2), checkin(1, 1, 1, 1.0)]
     assert len(summarised(late).not_returned()) == 1
     assert summarised([*late, checkin(1, 1, 3, 1.0)]).not_returned() == []
@@ -313,7 +422,7 @@ def test_the_longest_are_kept_with_the_users_own_fields() -> None:
     assert [hold.fields["request_id"] for hold in found.holds.first(2)] == ["r999", "r998"]
 
 
-def test_holds_are_known_without_debug_events_where_they_were_late() -> None:
+def test_holds_that_were_late_are_known_without_debug_events() -> None:
     late = event(
         "checkout.returned_late", 1, 9, **tag(1, 1), use_time=8.0, hold_warning=1, where="app.py:3 in f"
     )
@@ -334,12 +443,12 @@ def test_a_warning_that_comes_with_the_return_is_no_second_checkout() -> None:
     assert len(summarised([checkout(1, 1, 0), overdue]).not_returned()) == 1
 
 
-def test_each_fork_is_heard_once_in_whichever_order() -> None:
+def test_each_fork_is_matched_once_in_whichever_order() -> None:
     forked = [event("pool.forked", 10, at, idle=0, checked_out=1, in_transaction=1) for at in (1.0, 1.2, 1.4)]
     child = adopted(20, 10, 1.2001)
     for events in ([*forked, child], [child, *forked], [forked[0], child, *forked[1:]]):
         found = summarised([opened(10, 1, 0), *events, inherited(20, 10, 1, 1.2001)])
-        assert [round(fork.at - AT, 1) for fork in found.unheard_forks()] == [1.0, 1.4]
+        assert [round(fork.at - AT, 1) for fork in found.unmatched.listed()] == [1.0, 1.4]
         assert found.open_leaks == found.crossed == 3
 
 
@@ -375,7 +484,7 @@ def test_rotated_and_gzipped_logs_are_one_log_whatever_their_order(tmp_path: Pat
     )
     write(old, events[20:40])
     newest = write(tmp_path / "app.log", events[40:])
-    found = told(newest, old, older)
+    found = as_json(newest, old, older)
     assert found["events"] == len(events) and found["not_returned"] == []
     assert found["processes"][0]["checkouts"] == found["processes"][0]["checkins"] == 30
 
@@ -389,7 +498,7 @@ def test_logs_of_many_processes_are_merged_by_time(tmp_path: Path) -> None:
 
 def test_a_log_named_twice_is_read_once(log: Path) -> None:
     write(log, a_log_of(10))
-    assert told(log, log, log.parent / "." / log.name)["events"] == 7
+    assert as_json(log, log, log.parent / "." / log.name)["events"] == 7
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
@@ -431,7 +540,7 @@ def test_foreign_lines_are_counted_and_passed_over(log: Path) -> None:
     lines = [line for pair in zip(good, [*FOREIGN, b"", b"  \r"], strict=False) for line in pair]
     lines += [*FOREIGN[len(good) :], *bad, b"", b"   "]
     log.write_bytes(b"\r\n".join(lines))
-    found = told(log)
+    found = as_json(log)
     assert found["events"] == len(good)
     assert found["foreign_lines"] == len(FOREIGN) + len(bad)
     assert found["lines"] == found["events"] + found["foreign_lines"]
@@ -442,7 +551,7 @@ def test_foreign_lines_are_counted_and_passed_over(log: Path) -> None:
 def test_a_leak_is_seen_whose_own_fields_are_in_another_encoding(log: Path) -> None:
     leak = json.dumps({**inherited(20, 10, 1, 1), "user": "J?rg"}).encode("latin-1").replace(b"?", b"\xf6")
     log.write_bytes(text_of(a_log_of(10)).encode() + leak + b"\n")
-    found = told(log)
+    found = as_json(log)
     assert found["foreign_lines"] == 0 and found["open_transaction_leaks"] == 1
     assert logs("--check", log).exit_code == 1
 
@@ -451,7 +560,7 @@ def test_a_line_without_an_end_is_bounded(log: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reading, "CHUNK", 1000)
     monkeypatch.setattr(reading, "LONGEST_LINE", 5000)
     log.write_bytes(b'{"pid"' * 10_000 + b"\n" + text_of(a_log_of(10)).encode() + b'{"pid"' * 10_000)
-    found = told(log)
+    found = as_json(log)
     assert found["events"] == 7 and found["foreign_lines"] == 2
 
 
@@ -460,13 +569,13 @@ def test_a_log_without_events_says_what_is_expected(log: Path) -> None:
     result = logs("--check", log)
     assert result.exit_code == 0
     assert "No events of pidpool" in result.stdout and "DEBUG" in result.stdout
-    assert told(log)["first_at"] is None
+    assert as_json(log)["first_at"] is None
 
 
 # -- errors
 
 
-def test_what_cannot_be_read_is_said_with_a_remedy(tmp_path: Path, log: Path) -> None:
+def test_a_log_that_cannot_be_read_is_named_with_a_remedy(tmp_path: Path, log: Path) -> None:
     packed = gzip.compress(text_of(a_log_of(10, 500)).encode())
     cut_off, spoilt, followed_by = (tmp_path / name for name in ("cut.gz", "spoilt.gz", "followed.gz"))
     cut_off.write_bytes(packed[:-50])
@@ -474,7 +583,7 @@ def test_what_cannot_be_read_is_said_with_a_remedy(tmp_path: Path, log: Path) ->
     followed_by.write_bytes(packed + b"something else")
     write(log, a_log_of(10))
     for arguments, fact, remedy in [
-        ([tmp_path / "absent.log"], "no such file", "- is the standard input"),
+        ([tmp_path / "absent.log"], "no such file", "- for the standard input"),
         ([tmp_path], "is a directory", "*.log"),
         ([cut_off], "it ends too early", "gzip -dc"),
         ([spoilt], "is broken as a gzip file", "gzip -dc"),
@@ -491,7 +600,7 @@ def test_what_cannot_be_read_is_said_with_a_remedy(tmp_path: Path, log: Path) ->
         assert "Traceback" not in result.output and result.stdout == ""
 
 
-def test_a_log_of_another_user_is_said_so(log: Path) -> None:
+def test_a_log_of_another_user_is_named(log: Path) -> None:
     write(log, a_log_of(10)).chmod(0)
 
     def open_as_somebody() -> str:
@@ -562,7 +671,7 @@ def test_rotation_loses_nothing(log: Path) -> None:
     assert news(follower) == events[2:4]  # there is no new one yet
     write(log, events[4:5])
     assert news(follower) == events[4:5]
-    append(old, text_of(events[5:6]))  # by a writer that has not been told yet
+    append(old, text_of(events[5:6]))  # by a writer that has not reopened the log yet
     append(log, text_of(events[6:7]))
     assert news(follower) == events[5:7]
     log.rename(log.with_suffix(".2"))
@@ -615,7 +724,7 @@ def test_following_a_pipe_ends_with_it() -> None:
     assert done.returncode == 0 and b"standard input: 7 events" in done.stdout
 
 
-# -- what must never come out
+# -- passwords and control characters
 
 
 def test_no_password_comes_out(log: Path, tmp_path: Path) -> None:
@@ -645,7 +754,7 @@ def test_no_password_comes_out(log: Path, tmp_path: Path) -> None:
     for output in (result.output, page.read_text(), logs("--json", log).output, *lines):
         assert secret not in output
         assert "***" in output or output in lines
-    assert told(log)["foreign_lines"] == 0
+    assert as_json(log)["foreign_lines"] == 0
 
 
 def followed_lines(events: list[dict[str, Any]]) -> list[str]:
@@ -691,6 +800,7 @@ def test_what_is_kept_is_bounded_and_what_is_not_is_counted(monkeypatch: pytest.
     monkeypatch.setattr(processes, "MOST_PROCESSES", 5)
     monkeypatch.setattr(processes, "MOST_CONNECTIONS", 8)
     monkeypatch.setattr(summary, "MOST_LEAKS", 3)
+    monkeypatch.setattr(unmatched, "MOST_FORKS", 3)
     monkeypatch.setattr(summary, "MOST_PLACES", 2)
     events = [opened(10, 1, 0)]
     for n in range(20):
@@ -714,10 +824,10 @@ def test_what_is_kept_is_bounded_and_what_is_not_is_counted(monkeypatch: pytest.
     assert found["totals"]["opened"] == 21 and found["totals"]["closed"] == {"recycled": 20}
     assert found["totals"]["inherited"] == {"in transaction": 6, "idle": 6}
     assert len(found["leaks"]) == 6
-    assert 0 < len(found["unheard_forks"]) <= 3
+    assert 0 < len(found["unmatched_forks"]) <= 3
     assert found["open_transaction_leaks"] == 6 + 8
     assert found["left_out"] == {
-        "leaks": 6 + 8 - len(found["unheard_forks"]),
+        "leaks": 6 + 8 - len(found["unmatched_forks"]),
         "processes": 8,
         "connections": 13,
         "timeouts": 0,
@@ -761,7 +871,7 @@ def test_the_document_has_the_fields_that_its_module_names(log: Path) -> None:
     overdue = event("checkout.overdue", 10, 2, **tag(10, 1), held=1, hold_warning=1, where="a.py:1 in f")
     over = event("pool.over_maximum", 10, 3, processes=4, maximum=60, server_max_connections=40)
     events = [*a_log_of(10), inherited(20, 10, 1, 1), forked, timed_out, checkout(10, 1, 40), overdue, over]
-    found = told(write(log, events))
+    found = as_json(write(log, events))
     documentation = sys.modules[document.__module__].__doc__ or ""
     for part in (found, *(found[key][0] for key in found if isinstance(found[key], list) and key != "files")):
         for name in part:
@@ -770,6 +880,29 @@ def test_the_document_has_the_fields_that_its_module_names(log: Path) -> None:
         for name in part:
             assert name in documentation, name
     assert found["schema"] == 1
+
+
+def test_a_log_of_many_processes_shows_some_of_each_level_and_counts_the_others(log: Path) -> None:
+    events = [opened(10, 1, 0), opened(50, 1, 0.5)]
+    for n in range(100):
+        events += [adopted(100 + n, 10, 1 + n), adopted(1000 + n, 100, 200 + n)]
+    events += [adopted(60 + n, 50, 300 + n) for n in range(3)]
+    lines = logs(write(log, events)).stdout.splitlines()
+    pids = [int(word) for line in lines for word in re.findall(r"─ pid (\d+)", line)]
+    assert {60, 61, 62} <= set(pids)  # the other root's children
+    assert [pid for pid in pids if 100 <= pid < 1000] == list(range(100, 135))
+    assert (
+        sum(line.lstrip("│ ").startswith("└── and 100 more processes") for line in lines) == 1
+    )  # of pid 100
+    assert "  └── and 65 more processes" in lines  # of pid 10
+    assert "  40 of 205 processes are shown (see --json)" in lines
+    few = logs(write(log, events[:2])).stdout
+    assert "more process" not in few and "are shown" not in few
+
+
+def test_roots_that_are_not_shown_are_counted(log: Path) -> None:
+    lines = logs(write(log, [opened(10 + n, 1, n) for n in range(42)])).stdout.splitlines()
+    assert "  and 2 more processes" in lines and "  40 of 42 processes are shown (see --json)" in lines
 
 
 def test_the_text_is_readable_at_80_columns(log: Path) -> None:
@@ -858,7 +991,7 @@ def test_events_of_any_shape_are_taken_or_counted_and_always_shown(
         for key in chance.sample([*each, "where", "size", "soft", "own"], k=chance.choice([0, 0, 0, 1, 2])):
             each[key] = chance.choice(odd)
         events.append(each)
-    found = told(write(log, events))
+    found = as_json(write(log, events))
     assert found["events"] + found["foreign_lines"] == 400 and found["events"] > 200
     result = logs(log, "--html", tmp_path / "page.html")
     assert result.exit_code == 0

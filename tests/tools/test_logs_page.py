@@ -49,7 +49,7 @@ def data_of(path: Path) -> dict[str, Any]:
 
 
 def a_run() -> list[dict[str, Any]]:
-    """A parent in a transaction forks twice: one child uses what it inherited, the other is not heard of."""
+    """A parent in a transaction forks twice: one child uses the connection, the other logs nothing."""
     where = f"/srv/app.py:12 in {HOSTILE}"
     return [
         opened(10, 1, 0),
@@ -101,7 +101,7 @@ def test_the_page_shows_lanes_bars_forks_and_leaks(tmp_path: Path) -> None:
     assert [(leak["owner"], leak["inheritor"], leak["outcome"]) for leak in data["leaks"]] == [
         (0, 1, "severed, then refused")
     ]
-    assert [fork[3:] for fork in data["unheard"]] == [[1, 1, 1, "in transaction"]]
+    assert [fork[3:] for fork in data["unmatchedForks"]] == [[1, 1, 1, "in transaction", None]]
     assert len(data["timeouts"]) == 1
     assert data["leakCount"] == 3 and data["openLeakCount"] == 2
     assert data["leftOut"] == []
@@ -198,7 +198,7 @@ THE_LEAK = [
 
 
 @pytest.mark.system
-def test_pointing_at_a_leak_tells_of_it(shown: WebDriver) -> None:
+def test_pointing_at_a_leak_shows_its_fields(shown: WebDriver) -> None:
     ActionChains(shown).move_to_element(the_leak(shown).find_element(By.CSS_SELECTOR, ".leak")).perform()
     lines = tip(shown).splitlines()
     assert lines[: len(THE_LEAK)] == THE_LEAK
@@ -273,6 +273,24 @@ def test_the_list_of_leaks_leads_to_the_timeline(shown: WebDriver) -> None:
     assert f"/srv/app.py:12 in {HOSTILE}" in rows[0].text
     rows[0].find_element(By.TAG_NAME, "button").click()
     assert shown.switch_to.active_element == the_leak(shown)
+
+
+@pytest.mark.system
+def test_the_lines_that_forked_are_a_table(browser: WebDriver, tmp_path: Path) -> None:
+    lines = {20: f"/srv/{HOSTILE}.py:3 in resize < /srv/app.py:9 in main", 30: "/srv/mail.py:7 in send"}
+    crossed = [
+        inherited(20, 10, 1, 1, forked_at=lines[20]),
+        inherited(20, 10, 2, 1, "idle", forked_at=lines[20]),
+    ]
+    crossed += [inherited(30, 10, 1, 2, "idle", forked_at=lines[30])]
+    show(browser, page_of(tmp_path, [opened(10, 1, 0), opened(10, 2, 0), *crossed]))
+    rows = [
+        [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+        for row in browser.find_elements(By.CSS_SELECTOR, "#fork-lines tbody tr")
+    ]
+    assert rows == [[lines[20], "2", "1"], [lines[30], "1", "0"]]
+    listed = browser.find_elements(By.CSS_SELECTOR, "#leak-list [data-name='forked at']")
+    assert [cell.text for cell in listed] == [lines[20], lines[20], lines[30]]
 
 
 @pytest.mark.system

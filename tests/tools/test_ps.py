@@ -1,5 +1,5 @@
-"""`pidpool ps` finds the database sockets that several processes hold open, whose they are, and says so;
-where there is nothing to find it finds nothing. Real servers, real forks, real /proc.
+"""`pidpool ps` finds the database sockets that several processes hold open and the process that opened each;
+if no socket is shared it finds none. Real servers, real forks, real /proc.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from forking import run_in_child
 from parent import bytes_on_the_wire, server_pid
 from sqlalchemy import NullPool, QueuePool, create_engine, text
 from terminal import Terminal
+from waiting import until
 
 from pidpool import tag_of
 from pidpool.cli import ps
 from pidpool.tools.demo.postgres import EmbeddedPostgres
-from pidpool.tools.ps import socket_tables, sockets
+from pidpool.tools.ps import servers, socket_tables, sockets
+from pidpool.tools.ps.processes import Process
 from pidpool.tools.ps.sockets import Scan, SharedSocket, find
 
 SECONDS = 20.0  # how long anything here may take, on a slow machine
@@ -45,19 +47,12 @@ PR_SET_DUMPABLE, PR_SET_NAME = 4, 15
 prctl = ctypes.CDLL(None).prctl
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-
-
 class Family:
-    """Forked processes that touch nothing and stay until they are told to leave."""
+    """Forked processes that touch nothing and stay until `end`."""
 
     def __init__(self) -> None:
-        self._ready, self._tell_ready = os.pipe()
-        self._leave, self._tell_leave = os.pipe()
+        self._ready, self._ready_end = os.pipe()
+        self._leave, self._leave_end = os.pipe()
         self._children: list[int] = []
 
     def fork(self, grow: Callable[[], object] = lambda: None) -> int:
@@ -65,11 +60,11 @@ class Family:
         pid = os.fork()
         if pid == 0:
             try:
-                if self._tell_leave >= 0:
-                    os.close(self._tell_leave)
-                    self._tell_leave = -1
+                if self._leave_end >= 0:
+                    os.close(self._leave_end)
+                    self._leave_end = -1
                 grow()
-                os.write(self._tell_ready, struct.pack("i", os.getpid()))
+                os.write(self._ready_end, struct.pack("i", os.getpid()))
                 os.read(self._leave, 1)
                 os._exit(0)
             finally:
@@ -80,7 +75,7 @@ class Family:
     def settled(self, count: int) -> set[int]:
         """Wait until so many more processes are what they are to be, and return their pids.
 
-        They tell it through one pipe: one process at a time may wait.
+        They report through one pipe: only one process at a time may wait.
         """
         pids = set()
         while len(pids) < count:
@@ -98,11 +93,11 @@ class Family:
         self._children.remove(pid)
 
     def end(self) -> None:
-        for fd in (self._tell_leave, self._tell_ready):
+        for fd in (self._leave_end, self._ready_end):
             os.close(fd)
         for pid in self._children:
             os.waitpid(pid, 0)
-        # The end of the stream: whoever was orphaned has ended, too.
+        # The end of the stream: orphaned processes have ended, too.
         assert select.select([self._ready], [], [], SECONDS)[0] and os.read(self._ready, 1) == b""
         os.close(self._ready)
         os.close(self._leave)
@@ -183,7 +178,7 @@ def test_what_pidpool_has_severed_is_not_found(any_url: str, make_engine: MakeEn
         family.fork()
         family.settled(1)
         assert find([os.getpid()]).sockets == ()
-        # And would be without: a copy of the descriptor, of which pidpool does not know.
+        # A copy of the descriptor, which pidpool does not know of, is found.
         copy = os.dup(tag.fd)
         child = family.fork()
         family.settled(1)
@@ -196,7 +191,7 @@ def test_what_pidpool_has_severed_is_not_found(any_url: str, make_engine: MakeEn
 def test_only_the_given_processes_and_their_descendants_count(connected: int, family: Family) -> None:
     child = family.fork()
     family.settled(1)
-    # Whoever of the holders is named, all of them are told.
+    # Whichever holder is named, all of them are reported.
     assert pids(only(find([child]), connected)) == [os.getpid(), child]
     assert pids(only(find([os.getpid()]), connected)) == [os.getpid(), child]
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as bystander:
@@ -267,7 +262,7 @@ def test_a_server_that_may_not_be_looked_into_is_known_by_where_it_listens(
         ours, fd = server_pid(connection), connection.connection.dbapi_connection.fileno()
         family.fork()
         family.settled(1)
-        monkeypatch.setattr(sockets._Network, "_held_by_server", lambda network, inode: None)
+        monkeypatch.setattr(servers.Network, "_held_by_server", lambda network, inode: None)
         assert only(find([os.getpid()]), fd).server == "PostgreSQL"
         assert server_pid(connection) == ours
 
@@ -307,7 +302,9 @@ def test_an_owner_that_ended_is_not_made_up(postgres: EmbeddedPostgres, family: 
     assert (found.owner.pid, found.owner.certain) == (pids(found)[0], False)
 
 
-def test_an_owner_that_let_go_is_told_by_those_it_forked(postgres: EmbeddedPostgres, family: Family) -> None:
+def test_an_owner_that_let_go_is_known_by_the_processes_it_forked(
+    postgres: EmbeddedPostgres, family: Family
+) -> None:
     def open_fork_and_close() -> None:
         client = socket.create_connection(("127.0.0.1", postgres.port))
         family.fork()
@@ -375,14 +372,14 @@ def test_a_process_that_ends_before_it_is_looked_into(
 ) -> None:
     child, other = family.fork(), family.fork()
     family.settled(2)
-    read_tree = sockets._read_tree
+    read_tree = sockets.read_tree
 
     def read_tree_and_end_the_child() -> Any:
         tree = read_tree()
         family.kill(child)
         return tree
 
-    monkeypatch.setattr(sockets, "_read_tree", read_tree_and_end_the_child)
+    monkeypatch.setattr(sockets, "read_tree", read_tree_and_end_the_child)
     assert pids(only(find([os.getpid()]), connected)) == [os.getpid(), other]
 
 
@@ -511,7 +508,7 @@ def test_the_questions_application_under_gunicorn(
         for worker in workers:
             assert f"{worker} inherited it fd" in words
         first, second = sorted(workers)
-        assert f"Whatever pids {first} and {second} may send" in words
+        assert f"Anything that pids {first} and {second} may send" in words
         assert f"the server session of pid {master} and can end its transactions" in words
         assert ("over TLS" in words) is not unix
         assert "poolclass=PidPool" in words
@@ -524,7 +521,7 @@ def test_the_questions_application_under_gunicorn(
         with engine.connect() as connection:
             return bool(connection.scalar(sessions) == 0)
 
-    until(gone)
+    until(gone, "the sessions of the server's clients don't end", interval=0.05)
 
 
 @pytest.mark.usefixtures("clean_log")
@@ -556,8 +553,8 @@ def test_the_json_has_the_documented_fields(connected: int, family: Family) -> N
 def test_what_could_not_be_looked_into_is_shown_by_user(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def one(pid: int, user: str) -> sockets.Process:
-        return sockets.Process(pid, 1, "worker", "worker", user, 0.0)
+    def one(pid: int, user: str) -> Process:
+        return Process(pid, 1, "worker", "worker", user, 0.0)
 
     unreadable = (*(one(pid, "www") for pid in range(11, 18)), one(40, "cron"))
     scan = Scan(time.time(), 2, (), unreadable, ("nothing else was seen",))
@@ -568,7 +565,7 @@ def test_what_could_not_be_looked_into_is_shown_by_user(
         "Could not look into 8 processes: 1 of cron (40); 7 of www (11, 12, 13, 14, 15, …)" in result.output
     )
     assert "Note: nothing else was seen." in result.output
-    # Who named a process wants to know of that one: that nothing was found in it is not known.
+    # A process that was asked for may hold a socket unseen: --check must not pass.
     assert CliRunner().invoke(ps.command, ["--check", "40"]).exit_code == 2
     assert CliRunner().invoke(ps.command, ["40"]).exit_code == 0
 
@@ -578,7 +575,7 @@ def test_nothing_that_is_shown_steers_the_terminal(monkeypatch: pytest.MonkeyPat
     owner = sockets.Owner(pid=11, command="one\x1b[2J\r\ntwo", certain=True, holds=False, **process)
     holders = [sockets.Holder(pid=pid, command="/bin/\x07three", fds=(3,), **process) for pid in (12, 13)]
     found = SharedSocket(5, "MySQL", "unix", "/run/\x9bmysqld.sock", None, owner, tuple(holders), 1e9)
-    scan = Scan(time.time(), 2, (found,), (sockets.Process(pid=14, command="four", **process),), ())
+    scan = Scan(time.time(), 2, (found,), (Process(pid=14, command="four", **process),), ())
     monkeypatch.setattr(sockets, "find", lambda pids, ports: scan)
     result = CliRunner().invoke(ps.command, env={"COLUMNS": "200"})
     assert "MySQL at /run/?mysqld.sock, shared since 2001-09-0" in result.output
@@ -592,7 +589,7 @@ def test_usage_errors_and_other_systems_end_with_2(monkeypatch: pytest.MonkeyPat
     with subprocess.Popen(["true"]) as ended:
         pass
     for arguments, said in [
-        (["--check", "--watch"], "--check looks once"),
+        (["--check", "--watch"], "--check scans once"),
         (["--port", "0"], "--port"),
         (["soon"], "soon"),
         ([str(ended.pid)], f"there is no process {ended.pid}"),

@@ -1,4 +1,4 @@
-"""`pidpool top` shows what a stats endpoint tells: the family as a tree, rates from one answer to the next,
+"""`pidpool top` shows the stats of an endpoint: the family as a tree, rates from one answer to the next,
 and, where there is no answer, why not. Over real HTTP and in real terminals.
 """
 
@@ -45,6 +45,7 @@ def process(pid: int, parent_pid: int | None = None, **fields: Any) -> PoolStats
         "idle": 1,
         "used": 1,
         "waiting": 0,
+        "overdue": None,
         "counters": Counters(opened=2, checkouts=10, wait_time=histogram(b2=10)),
         "connections": (),
     }
@@ -86,7 +87,7 @@ def document(*families: FamilyStats) -> bytes:
 
 
 class Endpoint:
-    """A server that answers what it is told to."""
+    """A server with settable answers."""
 
     def __init__(self) -> None:
         self.status = 200
@@ -209,12 +210,12 @@ def test_several_pools_and_none_and_one_by_itself(endpoint: Endpoint) -> None:
     titles = [line for line in lines(run(endpoint.url)) if line.startswith("pool ")]
     assert [title.split()[1] for title in titles] == ["orders", "other?[31m"]
     endpoint.body = document()
-    assert lines(run(endpoint.url)) == ["The endpoint has no pool to tell of."]
+    assert lines(run(endpoint.url)) == ["The endpoint has no pool."]
     endpoint.body = json.dumps(FAMILY.to_dict()).encode()
     assert lines(run(endpoint.url))[0] == "pool orders  4 running, 1 ended"
 
 
-# -- where it asks
+# -- the address
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_each_refusal_says_what_to_do(endpoint: Endpoint) -> None:
     endpoint.status = 200
     for body in (b"<html>", b"[]", b"{}", b'{"pools": [{}]}', b'{"pools": 7}', b"\xff"):
         endpoint.body = body
-        assert "something else than pidpool's stats; give the address" in failure(run(endpoint.url)), body
+        assert "is not pidpool's stats; give the address" in failure(run(endpoint.url)), body
 
 
 def test_where_nobody_listens_and_where_nobody_answers(

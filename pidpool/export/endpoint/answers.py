@@ -1,4 +1,4 @@
-"""A request and its answer, whichever way they travel: WSGI, ASGI or the server of our own."""
+"""A request and its answer, the same for WSGI, for ASGI and for the server of `serve_stats`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What the endpoint looks at in a request."""
+    """The parts of a request that the endpoint reads."""
 
     method: str
     path: str
     """Below the prefix under which the endpoint is mounted."""
     prefix: str = ""
-    """Where it is mounted, as ``/stats``; empty at the root."""
+    """The path under which the endpoint is mounted, as ``/stats``; empty at the root."""
     host: str | None = None
     """The Host header."""
     authorization: str = ""
@@ -38,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer; there is no other kind, nothing is streamed."""
+    """A whole answer; nothing is streamed."""
 
     status: HTTPStatus
     body: bytes
@@ -53,6 +53,6 @@ class Answer:
 
     @property
     def headers(self) -> list[tuple[str, str]]:
-        """All headers, those that keep browsers from doing harm included."""
+        """All headers, including those that restrict what a browser does with the answer."""
         own = {"Content-Type": self.content_type, "Content-Length": str(len(self.body))}
         return list({**own, **_HEADERS, **self.more_headers}.items())

@@ -1,4 +1,4 @@
-"""`StatsApp`: what the endpoint answers to which request, as a WSGI application; for ASGI see asgi.py."""
+"""`StatsApp`: the routes and answers of the endpoint, as a WSGI application; for ASGI see asgi.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from urllib.parse import quote
 
 from pidpool.export.endpoint.answers import Answer, Request
 from pidpool.export.endpoint.asgi import AsgiApp
-from pidpool.export.endpoint.families import Families
 from pidpool.export.endpoint.guards import HostGuard, TokenGuard
+from pidpool.export.families import Families
 from pidpool.stats.snapshots import BOUNDS
+from pidpool.terms import OPEN_STATES
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -34,22 +35,24 @@ _log = logging.getLogger("pidpool")
 
 
 class StatsApp:
-    """A small web application that tells of pools, to be mounted in another one.
+    """A small web application that shows the stats of pools; mount it in another one.
 
     It is a WSGI application itself, and its `asgi` is one for ASGI 3; `mount` puts it beside a WSGI
     application of any framework. All links on its page are relative, so any prefix will do.
 
     ========== =============================================================================
     ``/``            a page for people: the family as a tree, live
-    ``/stats.json``  the same in numbers: ``{"answered_by": pid, "bounds": [...], "pools": [...]}``,
-                     each pool as `FamilyStats.to_dict`, the bounds those of its histograms
+    ``/stats.json``  the same in numbers: ``{"answered_by": pid, "bounds": [...],
+                     "open_states": [...], "pools": [...]}``: each pool as
+                     `FamilyStats.to_dict`, the bounds of its histograms, the states at the
+                     fork that count as leaks
     ``/metrics``     for Prometheus, in its own format or OpenMetrics, as the scraper asks
-    ``/healthz``     ``ok``, to whoever asks: neither host nor token is checked
+    ``/healthz``     ``ok``, for every client: neither host nor token is checked
     ========== =============================================================================
 
-    Every process of a family gives the same figures, those of all of them. A family is what was forked
-    after the engine was made: workers that each make an engine of their own (gunicorn without
-    ``--preload``) are as many families, and each tells of itself alone. An answer is read from memory:
+    Every process of a family answers for the whole family. A family is the process that made the
+    engine and all its forks after that: workers that each make an engine of their own (gunicorn without
+    ``--preload``) are as many families, and each answers for itself alone. An answer is read from memory:
     it opens no connection, waits for none, and never raises. Only GET and HEAD are answered; nothing can
     be changed. May be called in any thread, and in forked children.
 
@@ -59,18 +62,18 @@ class StatsApp:
         ``#token=...``, a part that browsers send to no server.
     :param allowed_hosts: host names, without ports, for which requests are answered besides
         localhost, 127.0.0.1 and [::1]: a guard against DNS rebinding. An application known by a
-        name of its own has to give that name here. ``["*"]`` for all, where a proxy or the
+        name of its own has to give that name here. ``["*"]`` for all, if a proxy or the
         application itself checks the Host header.
-    :raises TypeError: if a source is no engine with a `PidPool` and no such pool.
-    :raises ValueError: if the token has characters that no bearer token may have.
+    :raises TypeError: if a source is neither a `PidPool` nor an engine with one.
+    :raises ValueError: if the token has characters that a bearer token may not have.
     """
 
     def __init__(self, *sources: Source, token: str | None = None, allowed_hosts: Iterable[str] = ()) -> None:
         self._families = Families(sources)
         self._hosts = HostGuard(allowed_hosts)
         self._tokens = TokenGuard(token)
-        # All that is imported or read is so now: a fork in the middle of an import in another
-        # thread would leave the child with half a module.
+        # Everything is imported and read now: a fork while another thread imports would leave the
+        # child with half a module.
         files = resources.files(__package__)
         self._page = {path: files.joinpath(name).read_bytes() for path, (name, _) in _PAGE.items()}
         self._expose: Callable[..., tuple[bytes, str]] | None
@@ -84,7 +87,7 @@ class StatsApp:
             self._expose = expose
         self.asgi = AsgiApp(self.answer)
 
-    # -- what is answered
+    # -- routes
 
     def answer(self, request: Request) -> Answer:
         """Return the answer to a request; never raises."""
@@ -102,7 +105,7 @@ class StatsApp:
         if request.method not in _METHODS:
             return Answer.text(
                 HTTPStatus.METHOD_NOT_ALLOWED,
-                "This endpoint only tells, and changes nothing; use GET or HEAD.",
+                "This endpoint is read-only; use GET or HEAD.",
                 Allow=", ".join(_METHODS),
             )
         if request.path == "/healthz":
@@ -125,14 +128,16 @@ class StatsApp:
         if path == "/metrics":
             return self._tokens.refusal(request) or self._metrics(request)
         return Answer.text(
-            HTTPStatus.NOT_FOUND, "There is nothing here; there is /, /stats.json, /metrics and /healthz."
+            HTTPStatus.NOT_FOUND,
+            "There is nothing at this path; the endpoint has /, /stats.json, /metrics and /healthz.",
         )
 
     def _stats(self) -> Answer:
         stats = {
             "answered_by": os.getpid(),
             "bounds": BOUNDS,
-            "pools": [family.to_dict() for family in self._families.now()],
+            "open_states": OPEN_STATES,
+            "pools": [family.to_dict() for family in self._families.snapshots()],
         }
         body = json.dumps(stats, separators=(",", ":")).encode()
         return Answer(HTTPStatus.OK, body, "application/json")
@@ -141,10 +146,10 @@ class StatsApp:
         if self._expose is None:
             return Answer.text(
                 HTTPStatus.NOT_IMPLEMENTED,
-                "The package prometheus-client is missing; install it where the application runs: "
+                "The package prometheus-client is not installed in the application's environment: "
                 "pip install 'pidpool[endpoint]'",
             )
-        body, content_type = self._expose(self._families.now(), request.accept)
+        body, content_type = self._expose(self._families.snapshots(), request.accept)
         return Answer(HTTPStatus.OK, body, content_type)
 
     # -- WSGI
@@ -165,15 +170,15 @@ class StatsApp:
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
 
     def mount(self, application: WSGIApplication, prefix: str) -> WSGIApplication:
-        """Return a WSGI application that is this one under `prefix`, and `application` elsewhere.
+        """Return a WSGI application: this one under `prefix`, `application` for all other paths.
 
         :param prefix: as ``/pidpool``.
-        :raises ValueError: if the prefix does not begin with a slash, or is nothing but one.
+        :raises ValueError: if the prefix does not begin with a slash, or is only a slash.
         """
         prefix = prefix.rstrip("/")
         if not prefix.startswith("/"):
             raise ValueError(f"prefix={prefix!r}: takes a path below the root, as '/pidpool'")
-        prefix = prefix.encode().decode("latin-1")  # as WSGI hands paths on
+        prefix = prefix.encode().decode("latin-1")  # as WSGI passes paths
 
         def mounted(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
             path = environ.get("PATH_INFO", "")

@@ -13,15 +13,14 @@ Send: TypeAlias = "Callable[[MutableMapping[str, Any]], Awaitable[None]]"
 
 
 class AsgiApp:
-    """An ASGI application. An object with a ``__call__``, by which servers know ASGI 3; a bound method
-    they take for the ASGI of old."""
+    """An ASGI application: an object with a ``__call__``, since servers take a bound method for ASGI 2."""
 
     def __init__(self, answer: Callable[[Request], Answer]) -> None:
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _live(receive, send)
+            await _complete_lifespan(receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close"})
         else:
@@ -35,7 +34,7 @@ class AsgiApp:
 def _request(scope: Mapping[str, Any]) -> Request:
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
     path, prefix = scope["path"], scope.get("root_path", "").rstrip("/")
-    # The path has the prefix in it, if the server and the framework are not too old.
+    # The path includes the prefix, unless the server or the framework is an old one.
     if prefix and (path == prefix or path.startswith(f"{prefix}/")):
         path = path[len(prefix) :]
     return Request(
@@ -48,8 +47,8 @@ def _request(scope: Mapping[str, Any]) -> Request:
     )
 
 
-async def _live(receive: Receive, send: Send) -> None:
-    """Take part in a server's starting and stopping: there is nothing to do."""
+async def _complete_lifespan(receive: Receive, send: Send) -> None:
+    """Confirm a server's start and stop; the endpoint needs neither."""
     while True:
         message = await receive()
         await send({"type": f"{message['type']}.complete"})

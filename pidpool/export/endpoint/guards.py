@@ -1,4 +1,4 @@
-"""Who may read: a guard against DNS rebinding by the Host header, and one that asks for a token."""
+"""The guards of the endpoint: against DNS rebinding by the Host header, and by a bearer token."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pidpool.export.endpoint.answers import Answer, Request
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 _PORT = re.compile(r":[0-9]*\Z")
-# What RFC 6750 lets a bearer token consist of.
+# The characters of a bearer token, after RFC 6750.
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
 
 class HostGuard:
-    """Refuses requests for a host name that is not ours.
+    """Refuses requests for a host name that is not allowed.
 
     A web site can have its own name resolve to 127.0.0.1, and its scripts then count as of the same
-    origin as this endpoint (DNS rebinding). The one thing that such a request can't do is to name
-    another host than that of the site.
+    origin as this endpoint (DNS rebinding). But such a request always has the site's own name in
+    its Host header.
     """
 
     def __init__(self, allowed: Iterable[str]) -> None:
@@ -36,17 +36,17 @@ class HostGuard:
         allowed = ", ".join(sorted(self._allowed))
         return Answer.text(
             HTTPStatus.FORBIDDEN,
-            f"The request's Host header names no host that this endpoint answers for ({allowed}); have it "
-            "answer for others with allowed_hosts=['their.names', ...], or ['*'] for all.",
+            f"The request's Host header is not one of this endpoint's ({allowed}); allow others "
+            "with allowed_hosts=['their.names', ...], or ['*'] for all.",
         )
 
 
 class TokenGuard:
-    """Refuses requests without the bearer token, where there is one."""
+    """Refuses requests without the bearer token, if one is set."""
 
     def __init__(self, token: str | None) -> None:
         if token is not None and not (isinstance(token, str) and _TOKEN.fullmatch(token)):
-            # Without the value: it is a secret, if an unfit one.
+            # Without the value: even a malformed token is a secret.
             raise ValueError(
                 "token=...: takes letters, digits and -._~+/ (one or more), or None for no token; "
                 "secrets.token_urlsafe() makes a good one"
@@ -62,7 +62,7 @@ class TokenGuard:
         fits = hmac.compare_digest(given.strip().encode(errors="replace"), self._token)
         if fits and scheme.lower() == "bearer":
             return None
-        fact = "The bearer token is not the right one" if given else "This endpoint asks for a bearer token"
+        fact = "The bearer token is wrong" if given else "This endpoint requires a bearer token"
         return Answer.text(
             HTTPStatus.UNAUTHORIZED,
             f"{fact}; send the header 'Authorization: Bearer <token>' with the token given to the endpoint.",

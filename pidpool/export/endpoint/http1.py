@@ -18,18 +18,18 @@ _ONCE = ("host", "authorization")
 
 
 class BadRequest(Exception):
-    """Bytes that are no head of an HTTP/1 request; says what is wrong with them."""
+    """The received bytes are not the head of an HTTP/1 request; the message names the fault."""
 
 
 def is_whole(received: bytes) -> bool:
-    """Return whether a request's head has arrived to its end."""
+    """Return whether a request's head has arrived completely."""
     return b"\r\n\r\n" in received
 
 
 def read_head(received: bytes) -> Request:
     """Return the request whose head was received.
 
-    :raises BadRequest: if it is none.
+    :raises BadRequest: if the bytes are not such a head.
     """
     head = received[: received.index(b"\r\n\r\n")].decode("latin-1")
     line, *fields = head.split("\r\n")
@@ -44,15 +44,16 @@ def read_head(received: bytes) -> Request:
             raise BadRequest("a header line is not 'Name: value'")
         name = name.lower()
         if name in headers and name in _ONCE:
-            raise BadRequest(f"the header {name} is there twice")
+            raise BadRequest(f"the header {name} appears twice")
         headers[name] = f"{headers[name]}, {value.strip()}" if name in headers else value.strip()
     path, host = target.partition("?")[0].partition("#")[0], headers.get("host")
     if not target.startswith("/"):
-        # As to a proxy, ``http://host/path``; that host counts, and not the header's (RFC 9112, 3.2.2).
+        # A target as for a proxy, ``http://host/path``: its host counts, not the Host header's
+        # (RFC 9112, 3.2.2).
         try:
             parts = urlsplit(target)
         except ValueError:
-            raise BadRequest("the target is no URL") from None
+            raise BadRequest("the target is not a URL") from None
         if parts.scheme:
             path, host = parts.path or "/", parts.netloc
     return Request(
@@ -65,8 +66,8 @@ def read_head(received: bytes) -> Request:
 
 
 def bad_request(error: BadRequest) -> Answer:
-    """Return the answer to what could not be read."""
-    return Answer.text(HTTPStatus.BAD_REQUEST, f"This is no HTTP/1 request: {error}.")
+    """Return the answer to a head that could not be read."""
+    return Answer.text(HTTPStatus.BAD_REQUEST, f"This is not an HTTP/1 request: {error}.")
 
 
 def head_too_large() -> Answer:
@@ -78,7 +79,7 @@ def head_too_large() -> Answer:
 
 
 def in_bytes(answer: Answer, *, body: bool) -> bytes:
-    """Return an answer as it is sent, after which the connection ends."""
+    """Return an answer as the bytes to send; the connection ends after them."""
     lines = [f"HTTP/1.1 {answer.status.value} {answer.status.phrase}"]
     lines += [f"{name}: {value}" for name, value in [*answer.headers, ("Connection", "close")]]
     head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"

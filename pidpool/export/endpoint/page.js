@@ -1,9 +1,9 @@
-// The page of the stats endpoint: asks for stats.json once a second and shows what it says. The last
-// minutes are kept here, in the browser; nothing is asked of any other host.
+// The page of the stats endpoint: fetches stats.json once a second and shows it. The browser keeps the
+// last minutes; no other host is contacted.
 
-const EVERY = 1000; // milliseconds between two questions
-const SLOWEST = 30000; // at most, when they fail
-const PATIENCE = 8000; // for one answer
+const EVERY = 1000; // milliseconds between two requests
+const SLOWEST = 30000; // the longest interval after failures
+const PATIENCE = 8000; // the time limit of one request
 const MINUTES = 5;
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -68,13 +68,13 @@ async function ask() {
     failures += 1;
     $("problem").hidden = false;
     $("problem").textContent = error instanceof TypeError || error.name === "TimeoutError"
-      ? "The application does not answer. It may have ended; the figures below are the last it gave."
+      ? "The application does not answer. It may have ended; the figures below are from its last answer."
       : error.message;
   } finally {
     asking = false;
   }
   showStatus(again);
-  // Nobody looks at a hidden page: the application is left in peace until it is looked at again.
+  // A hidden page sends no requests until it is visible again.
   if (again && !paused && !document.hidden) {
     timer = setTimeout(ask, Math.min(SLOWEST, EVERY * 2 ** failures));
   }
@@ -85,7 +85,7 @@ function askForToken(wasWrong) {
   if ($("token-form").hidden || wasWrong) {
     $("token-form").hidden = false;
     $("problem").hidden = !wasWrong;
-    $("problem").textContent = "That token is not the right one.";
+    $("problem").textContent = "The token is wrong.";
     $("token").focus();
   }
 }
@@ -129,7 +129,7 @@ function make(template) {
   return $(template).content.firstElementChild.cloneNode(true);
 }
 
-/** Have `parent` hold one element for each item, in their order, keeping those there are. */
+/** Give `parent` one element for each item, in the order of the items; existing elements are kept. */
 function sync(parent, items, key, template, update) {
   const wanted = new Set(items.map((item) => String(key(item))));
   const there = new Map();
@@ -154,6 +154,7 @@ function sync(parent, items, key, template, update) {
 let announced = null;
 
 function show(stats) {
+  openStates = stats.open_states ?? [];
   sync($("pools"), stats.pools, (pool) => pool.pool, "pool-template", (section, pool) => {
     showPool(section, pool, stats.bounds);
   });
@@ -161,7 +162,7 @@ function show(stats) {
   announce(stats.pools);
 }
 
-/** Tell a screen reader of processes that came and went, and of nothing else. */
+/** Announce to a screen reader only the processes that started or ended. */
 function announce(pools) {
   const now = new Set(pools.flatMap((pool) => pool.processes.filter((each) => each.alive).map((each) => each.pid)));
   if (announced) {
@@ -175,7 +176,9 @@ function announce(pools) {
   announced = now;
 }
 
-const leaksOf = ({ inherited }) => (inherited["in transaction"] ?? 0) + (inherited.unknown ?? 0);
+const failedOf = ({ failed }) => Object.values(failed).reduce((sum, count) => sum + count, 0);
+let openStates = []; // the states at the fork that count as leaks, from stats.json
+const leaksOf = ({ inherited }) => openStates.reduce((sum, state) => sum + (inherited[state] ?? 0), 0);
 
 function showPool(section, pool, bounds) {
   const heading = section.querySelector("h2");
@@ -190,21 +193,23 @@ function showPool(section, pool, bounds) {
     alive: pool.alive,
     checkouts: pool.counters.checkouts,
     opened: pool.counters.opened,
+    failed: failedOf(pool.counters),
     timeouts: pool.counters.timeouts,
+    overdue: pool.overdue, // null without a hold_warning
     leaks: leaksOf(pool.counters),
   };
   for (const tile of section.querySelectorAll("[data-tile]")) {
     const name = tile.dataset.tile;
     const value = figures[name];
-    set(tile.querySelector("dd"), value < 10000 ? whole.format(value) : short.format(value));
-    tile.classList.toggle("alarm", ["waiting", "timeouts", "leaks"].includes(name) && value > 0);
+    set(tile.querySelector("dd"), value === null ? "–" : value < 10000 ? whole.format(value) : short.format(value));
+    tile.classList.toggle("alarm", ["waiting", "failed", "timeouts", "overdue", "leaks"].includes(name) && value > 0);
   }
   showCapacity(section.querySelector(".capacity"), pool);
   showCharts(section, pool, bounds);
   showTree(section.querySelector(".tree"), pool);
   const unlisted = section.querySelector(".unlisted");
   unlisted.hidden = !pool.unlisted;
-  set(unlisted, `${whole.format(pool.unlisted)} more processes found no room in the family's memory; they are not shown.`);
+  set(unlisted, `${whole.format(pool.unlisted)} more processes are not shown: the family's memory has no room for them.`);
 }
 
 function showCapacity(capacity, pool) {
@@ -220,10 +225,10 @@ function showCapacity(capacity, pool) {
   const byLimit = pool.limit === null ? ""
     : ` (family_limit ${whole.format(pool.limit)}: ${whole.format(pool.permits)} taken, ${whole.format(pool.wanting)} wanted, `
       + `${whole.format(pool.counters.closed["given back"] ?? 0)} given back)`;
-  const most = maximum === null ? "without limit" : `${whole.format(maximum)} at the most${byLimit}`;
-  const ofServer = server === null ? "" : `; the server takes ${whole.format(server)}`;
+  const most = maximum === null ? "without limit" : `${whole.format(maximum)} at most${byLimit}`;
+  const ofServer = server === null ? "" : `; the server allows ${whole.format(server)}`;
   const warning = server !== null && maximum !== null && maximum > server
-    ? ": the family could ask for more than there are" : "";
+    ? ": the family could open more than the server allows" : "";
   const text = `${whole.format(used + idle)} connections open, ${most}${ofServer}${warning}`;
   set(capacity.querySelector("p"), text);
   capacity.querySelector(".gauge").setAttribute("aria-label", text);
@@ -235,14 +240,14 @@ function showTree(tree, pool) {
   const pids = new Set(pool.processes.map((each) => each.pid));
   const childrenOf = new Map();
   for (const process of pool.processes) {
-    // One whose parent is not listed (any more) stands at the root.
+    // A process whose parent is not listed stands at the root.
     const parent = pids.has(process.parent_pid) && process.parent_pid !== process.pid ? process.parent_pid : null;
     if (!childrenOf.has(parent)) childrenOf.set(parent, []);
     childrenOf.get(parent).push(process);
   }
   const branch = (list, parent) => {
     const processes = childrenOf.get(parent) ?? [];
-    childrenOf.delete(parent); // a pid given out twice must not make a circle
+    childrenOf.delete(parent); // a reused pid must not make a circle
     sync(list, processes, (each) => `${each.pid} ${each.since}`, "process-template", (element, process) => {
       showProcess(element, process, pool);
       branch(element.lastElementChild, process.pid);
@@ -281,10 +286,15 @@ function showProcess(element, process, pool) {
 function historyOf(counters) {
   const inherited = Object.entries(counters.inherited).filter(([, count]) => count);
   const parts = [[counters.checkouts, "checkouts"], [counters.opened, "opened"], [counters.timeouts, "timeouts"],
+    [counters.overdue, "overdue"],
     [counters.invalidations, "invalidated"], [counters.forks, "forks"], [counters.severed, "severed"],
     [counters.closed["given back"] ?? 0, "given back"], [counters.kept, "kept"], [counters.replaced, "replaced"], [counters.refused, "refused"]]
     .filter(([count, name]) => count || name === "checkouts")
     .map(([count, name]) => `${whole.format(count)} ${name}`);
+  const failed = Object.entries(counters.failed).filter(([, count]) => count);
+  if (failed.length) {
+    parts.push(`connects failed: ${failed.map(([error, count]) => `${whole.format(count)} ${error}`).join(", ")}`);
+  }
   if (inherited.length) {
     parts.push(`inherited ${inherited.map(([state, count]) => `${whole.format(count)} ${state}`).join(", ")}`);
   }
@@ -368,7 +378,7 @@ function quantile(q, counts, bounds) {
   return bounds[index] ?? Infinity;
 }
 
-/** Draw curves into a figure; those that are not called "line" as areas, the last one at the back. */
+/** Draw curves into a figure; a "line" as a line, other kinds as areas, the last one at the back. */
 function draw(figure, samples, curves, format, now) {
   let svg = figure.querySelector("svg");
   if (!svg) {

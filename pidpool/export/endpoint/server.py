@@ -1,11 +1,12 @@
 """`serve_stats`: an HTTP server for the endpoint, in one daemon thread, beside an application that has none.
 
-Our own, for a process that forks. waitress 3.0 was tried in its place. With it these tests of hostile clients
-fail (tests/export/test_serve_stats.py): a client that sends a byte now and then is never given up, since each
-byte renews its time; when clients take all connections, a new one waits, and does not push the oldest out;
-without a free descriptor it spins on accept, with a whole processor and 100,000 log lines a second; a URL for
-another host in the request line passes the guard against DNS rebinding. And a child would have to close its
-sockets past its own `close()`, which takes locks that the fork may have copied locked.
+This server is the project's own, for a process that forks. waitress 3.0 was tried in its place. With it
+these tests of hostile clients fail (tests/export/test_serve_stats.py): a client that sends a byte now and
+then is never dropped, since each byte renews its time; when clients take all connections, a new one waits,
+and does not push the oldest out; without a free descriptor it spins on accept, with a whole processor and
+100,000 log lines a second; a URL for another host in the request line passes the guard against DNS
+rebinding. And a child would have to close its sockets past its own `close()`, which takes locks that the
+fork may have copied locked.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from pidpool.export.pools import Source
 
 PORT = 9432
-"""The port that `serve_stats` takes where none is named."""
+"""The port of `serve_stats` if none is named."""
 
 CLIENTS = 32
-"""Connections served at a time; the oldest is given up for one more."""
+"""Connections served at a time; the oldest is dropped for one more."""
 
 CLIENT_SECONDS = 5.0
 """Seconds that a client has for its whole request and for taking the answer."""
@@ -50,15 +51,15 @@ def serve_stats(
     """Serve a `StatsApp` from a daemon thread of this process, and return at once.
 
     For an application without a web server of its own, such as a Celery worker; its parent process
-    serves for all its children. A forked child does not serve: it lets go of the listener, and may
+    serves for all its children. A forked child does not serve: it closes its copy of the listener, and may
     call this again for a port of its own. Slow, broken and too many clients are dropped, and the
     thread takes at most a tenth of one processor's time. There is no TLS: a proxy can add it.
 
     :param sources: as for `StatsApp`; so are ``token`` and ``allowed_hosts``.
-    :param host: the address to listen on. With one that others can reach, give a token too.
+    :param host: the address to listen on. If other machines can reach it, give a token too.
     :param port: the port to listen on; 0 for any free one, which ``.port`` then names.
-    :raises OSError: if the address can't be listened on, being taken for example.
-    :raises ValueError: if the port is no port, or the token none that can be sent.
+    :raises OSError: if listening on the address fails, for example because it is taken.
+    :raises ValueError: if the port is out of range, or the token has characters that can't be sent.
     """
     if not isinstance(allowed_hosts, str):
         allowed_hosts = [*allowed_hosts, _in_url(host)]
@@ -67,7 +68,7 @@ def serve_stats(
 
 
 class StatsServer:
-    """A running server; what `serve_stats` returns. Can be used in a ``with`` statement."""
+    """A running server, returned by `serve_stats`; can be used in a ``with`` statement."""
 
     def __init__(self, app: StatsApp, listener: socket.socket, host: str) -> None:
         self.host = host
@@ -85,7 +86,7 @@ class StatsServer:
         try:
             self._thread.start()
         except BaseException:
-            self._let_go()
+            self._close_sockets()
             raise
 
     def __repr__(self) -> str:
@@ -109,7 +110,7 @@ class StatsServer:
             pass
         if threading.current_thread() is not self._thread:
             self._thread.join(CLIENT_SECONDS)
-        self._let_go()
+        self._close_sockets()
 
     def __enter__(self) -> StatsServer:
         return self
@@ -117,8 +118,8 @@ class StatsServer:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _let_go(self) -> None:
-        """Close all sockets; in a child that ends only its own hold on them."""
+    def _close_sockets(self) -> None:
+        """Close all sockets; a child closes only its own copies."""
         if self in _servers:
             _servers.remove(self)
         for each in [self._listener, self._wake, self._waker, *self._clients]:
@@ -139,7 +140,7 @@ class StatsServer:
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.data is not None:
-                    self._go_on_with(key.data)
+                    self._advance(key.data)
             now = time.monotonic()
             for client in [client for client in self._clients.values() if client.deadline <= now]:
                 self._drop(client)
@@ -156,7 +157,7 @@ class StatsServer:
             accepted, _ = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._closing.wait(0.2)  # it would be ready again at once
+                self._closing.wait(0.2)  # otherwise the listener would be ready again at once
             return
         accepted.setblocking(False)
         if len(self._clients) >= CLIENTS:
@@ -164,12 +165,12 @@ class StatsServer:
         client = self._clients[accepted] = _Client(accepted)
         self._selector.register(accepted, selectors.EVENT_READ, client)
 
-    def _go_on_with(self, client: _Client) -> None:
+    def _advance(self, client: _Client) -> None:
         try:
-            events = client.go_on(self._app)
+            events = client.advance(self._app)
         except (BlockingIOError, InterruptedError):
             return
-        except Exception:  # the client's, or no memory for the answer; others are to be served still
+        except Exception:  # the client failed, or no memory for the answer; other clients go on
             events = 0
         if events:
             self._selector.modify(client.socket, events, client)
@@ -196,8 +197,8 @@ class _Client:
         self._to_send: bytes | None = None
         self._ended = False
 
-    def go_on(self, app: StatsApp) -> int:
-        """Do what can be done without waiting; return the events to wait for, 0 if all is done."""
+    def advance(self, app: StatsApp) -> int:
+        """Read or send as much as is possible without waiting; return the next events, 0 for the end."""
         if self._ended:
             return selectors.EVENT_READ if self.socket.recv(65536) else 0
         if self._to_send is None:
@@ -211,8 +212,8 @@ class _Client:
         self._to_send = self._to_send[self.socket.send(self._to_send) :]
         if self._to_send:
             return selectors.EVENT_WRITE
-        # Then read on until the client ends its side: closing on unread bytes would take the answer
-        # back from it.
+        # Then read on until the client ends its side: a close with unread bytes resets the
+        # connection, and the client could lose the answer.
         self.socket.shutdown(socket.SHUT_WR)
         self._ended = True
         return selectors.EVENT_READ
@@ -232,26 +233,26 @@ class _Client:
 def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:  # getaddrinfo() takes it modulo 65536
         raise ValueError(f"port={port!r}: takes 1 to 65535, or 0 for any free one")
-    where = f"{_in_url(host)}:{port}"
+    shown = f"{_in_url(host)}:{port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise OSError(error.errno, f"can't serve stats on {where}: {error}") from error
+        raise OSError(error.errno, f"can't serve stats on {shown}: {error}") from error
     try:
-        # For a restart soon after: connections of the one before may still be fading away.
+        # For a quick restart: old connections may still be in TIME_WAIT.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(CLIENTS)
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        message = f"can't serve stats on {where}: {error}"
+        message = f"can't serve stats on {shown}: {error}"
         if error.errno == errno.EADDRINUSE:
             message = (
-                f"can't serve stats on {where}: port {port} is taken by another process, or by an earlier "
+                f"can't serve stats on {shown}: port {port} is taken by another process, or by an earlier "
                 "serve_stats() of this one; name another with port=, or port=0 for any free one"
             )
         raise OSError(error.errno, message) from error
@@ -265,10 +266,10 @@ def _in_url(host: str) -> str:
 _servers: list[StatsServer] = []
 
 
-def _let_go_in_child(trigger: Trigger, connects_in_flight: int) -> None:
+def _close_in_child(trigger: Trigger, connects_in_flight: int) -> None:
     while _servers:
-        _servers.pop()._let_go()
+        _servers.pop()._close_sockets()
 
 
-detection.register_child_callback(_let_go_in_child)
+detection.register_child_callback(_close_in_child)
 detection.register_urgency_check(lambda: bool(_servers))

@@ -1,6 +1,7 @@
-"""What `pidpool demo` measures: failures of a fork, of SQLAlchemy's pool and of pidpool side by side.
+"""`pidpool demo`: the failures of a fork, measured with SQLAlchemy's pool and with PidPool.
 
-`contenders.py` has the pools, `failures.py` what is done to each of them, `worker.py` is the process
-that does it, `measuring.py` runs one such process after the other, `verdicts.py` says what the numbers
-mean, and `report.py` shows them. Needs ``pidpool[demo]``.
+`contenders.py` has the pools and `failures.py` the failures. `worker.py` is the process that measures
+one failure with one pool; `measuring.py` runs these processes one after the other. `verdicts.py` judges
+the numbers and `report.py` shows them. `postgres.py` and `supervisor.py` run the demo's own server.
+Needs ``pidpool[demo]``.
 """

@@ -1,5 +1,7 @@
-"""Who is compared in the demo: SQLAlchemy's QueuePool, as it is and with either of the two ways that
-SQLAlchemy's documentation names for processes that fork; PidPool; and NullPool, for its speed.
+"""The pools that the demo compares.
+
+SQLAlchemy's QueuePool, plain and with either of the two remedies that SQLAlchemy's documentation names
+for processes that fork; PidPool; and NullPool, for its speed.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ from pidpool.pool import PidPool
 
 @dataclass(frozen=True)
 class Contender:
-    """A pool, and what its application does about forks."""
+    """A pool, and how its application handles forks."""
 
     key: str
     title: str
     poolclass: type[Pool]
     listens: bool = False
-    """Whether its engines have the documented event listeners, which tell an idle connection of another
-    process by its pid when it is checked out."""
+    """Whether its engines have the documented event listeners, which compare a connection's pid with the
+    process's at checkout."""
     disposes: bool = False
     """Whether its children begin with ``engine.dispose(close=False)``, as documented."""
 
     def engine(self, url: str, **options: Any) -> Engine:
-        """Return a new engine as this contender's application makes it."""
+        """Return a new engine of this contender's."""
         engine = create_engine(url, poolclass=self.poolclass, **options)
         if self.listens:
             event.listen(engine, "connect", _note_pid)
@@ -36,7 +38,7 @@ class Contender:
         return engine
 
     def begin_child(self, engine: Engine) -> None:
-        """Do what this contender's children do first with the engine that they inherit."""
+        """Run this contender's first step in a child with the engine that it inherits."""
         if self.disposes:
             engine.dispose(close=False)
 

@@ -1,7 +1,7 @@
-"""What can go wrong at a fork, done for real: each function forks over the database, counts, and
-returns the numbers. They run in a process of their own (`worker.py`), which may die of it.
+"""The failures of a fork: each function provokes one on the database, counts, and returns the numbers.
 
-Every process forked here ends by itself: it has a timer whose signal needs no cooperation.
+They run in a process of their own (`worker.py`), which a failure may kill. Every process that is forked
+here has a timer, whose signal ends it whatever it hangs in.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from sqlalchemy.orm import Session, registry
 from pidpool.tools.demo.contenders import BY_KEY, CONTENDERS, NULLPOOL, Contender
 
 HUNG_SECONDS = 4.0
-"""A child that has not checked out a connection after this long counts as hung, and is ended."""
+"""A child without a connection after this time counts as hung, and its timer ends it."""
 
 ORPHAN_SECONDS = 1.5
-"""How long a child lives on whose parent was killed while it held a lock, if the lock stays."""
+"""How long the next process waits for a killed parent's lock before the child is ended too."""
 
 _CHILD_SECONDS = 10.0
 _LOCK_SECONDS = 10
@@ -45,7 +45,7 @@ Measured = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arena:
-    """Where a failure is measured: a contender, and a table that is its own while it lasts."""
+    """The surroundings of one measurement: a contender, and a table of its own."""
 
     contender: Contender
     url: str
@@ -62,7 +62,7 @@ class Arena:
 
 
 def rows_table(name: str) -> Table:
-    """Return the demo's table under a name; not created by that."""
+    """Return the demo's table under this name, without creating it."""
     return Table(
         name,
         MetaData(),
@@ -73,8 +73,10 @@ def rows_table(name: str) -> Table:
 
 
 def replaced_session(arena: Arena) -> Measured:
-    """The script of a well-known question: parent and child each have a Session in the same global,
-    so that the child, by making its own, drops the one that it inherited."""
+    """Fork a child that puts its own Session into the global that holds its parent's.
+
+    By that it drops the inherited Session, as in a well-known question about SQLAlchemy and fork.
+    """
     application = _Application(arena)
     tls, done = False, 0
     try:
@@ -137,7 +139,7 @@ class _Application:
 
 
 def dropped_session(arena: Arena) -> Measured:
-    """A parent forks in the middle of a transaction; the child drops the Session that it inherits."""
+    """Fork in the middle of a transaction; the child drops the Session that it inherits."""
     engine = arena.engine()
     session: Session | None
 
@@ -157,8 +159,11 @@ def dropped_session(arena: Arena) -> Measured:
 
 
 def forked_in_c(arena: Arena) -> Measured:
-    """The same, forked in C as uWSGI does, where no at-fork hook runs. Every other child goes on with
-    the Session that it inherits, as a web application's worker would, instead of dropping it."""
+    """Fork in C in the middle of a transaction, as uWSGI does, so that no at-fork hook runs.
+
+    Every second child goes on with the Session that it inherits, as a web application's worker would;
+    the others drop it.
+    """
     engine = arena.engine()
     session: Session | None
 
@@ -174,7 +179,7 @@ def forked_in_c(arena: Arena) -> Measured:
         try:
             session.execute(text("select 1"))
         except DBAPIError:
-            pass  # the answer that a worker can deal with: roll back, go on
+            pass  # a worker can handle this error: it rolls back and goes on
         session.rollback()
         session.execute(text("select 1"))
         session.close()
@@ -190,7 +195,7 @@ def forked_in_c(arena: Arena) -> Measured:
 
 
 class _Commits:
-    """Counts what a parent was told of its commits, and what became of them."""
+    """Counts the commits that reported success to the parent, and the rows that are there."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
@@ -227,8 +232,11 @@ class _Commits:
 
 
 def orphaned_lock(arena: Arena) -> Measured:
-    """A parent is killed while it holds a row lock; its child, which does nothing, lives on. When does
-    the next process get the lock? If not within `ORPHAN_SECONDS`, the child is ended as well."""
+    """Kill a parent that holds a row lock, and time the next process's wait for the lock.
+
+    The parent's child lives on and does nothing. If the lock is still held after `ORPHAN_SECONDS`, the
+    child is ended too.
+    """
     rows = arena.rows()
     locked = select_rows(rows).with_for_update()
     engine = arena.engine()
@@ -236,7 +244,7 @@ def orphaned_lock(arena: Arena) -> Measured:
         connection.execute(rows.insert().values(written_by="parent"))
         tls = _has_tls(connection.connection.dbapi_connection)
     engine.dispose()
-    is_up, say_up = os.pipe()
+    is_up, report_up = os.pipe()
     may_end, let_end = os.pipe()  # closing it lets the child end
 
     def parent() -> None:
@@ -247,7 +255,7 @@ def orphaned_lock(arena: Arena) -> Measured:
 
         def child() -> None:
             arena.contender.begin_child(engine)
-            os.write(say_up, b".")
+            os.write(report_up, b".")
             os.read(may_end, 1)
 
         _fork(child)
@@ -255,13 +263,13 @@ def orphaned_lock(arena: Arena) -> Measured:
 
     engine = arena.engine()
     with engine.connect() as connection:
-        # Connected beforehand: what is timed is the lock.
+        # Connects before the clock starts, which times only the lock.
         connection.execute(text(f"set lock_timeout = '{ORPHAN_SECONDS}s'"))
         connection.commit()
         pid = _fork(parent)
-        os.close(say_up)
+        os.close(report_up)
         if not select.select([is_up], [], [], _CHILD_SECONDS)[0] or not os.read(is_up, 1):
-            raise RuntimeError("the parent that was to hold the lock has not come that far")
+            raise RuntimeError(f"the parent did not take the lock within {_CHILD_SECONDS:.0f} s")
         os.kill(pid, signal.SIGKILL)
         killed_at = time.monotonic()
         _wait(pid)
@@ -280,7 +288,7 @@ def orphaned_lock(arena: Arena) -> Measured:
 
 
 def forked_with_threads(arena: Arena) -> Measured:
-    """A process forks while its threads use the pool; each child checks out one connection."""
+    """Fork while threads use the pool; each child checks out one connection."""
     engine = arena.engine(pool_size=3, max_overflow=0, pool_timeout=20)
     opened: list[tuple[int, Any]] = []
     event.listen(engine, "connect", lambda connection, record: opened.append((os.getpid(), connection)))
@@ -304,7 +312,7 @@ def forked_with_threads(arena: Arena) -> Measured:
         arena.contender.begin_child(engine)
         with engine.connect() as connection:
             connection.execute(text("select 1"))
-        # Its own only, and in an orderly way, so that what the server complains of is not this.
+        # Only its own, and in an orderly way, so that this causes no complaint of the server.
         for pid, dbapi_connection in opened:
             if pid == os.getpid():
                 dbapi_connection.close()
@@ -328,7 +336,7 @@ def forked_with_threads(arena: Arena) -> Measured:
 
     for _ in range(arena.iterations):
         children.append(_fork(child, seconds=HUNG_SECONDS))
-        reap(children[-1], 0.1)  # hung ones are waited for together
+        reap(children[-1], 0.1)  # the loop below waits for hung children together
     for pid in children:
         reap(pid, HUNG_SECONDS + 5)
     stop.set()
@@ -351,12 +359,12 @@ def forked_with_threads(arena: Arena) -> Measured:
 
 
 def speed(arena: Arena) -> Measured:
-    """Time ``SELECT 1``, checkout and return included, with each pool in turn; no fork."""
+    """Time ``SELECT 1`` with each pool in turn, with checkout and return, without a fork."""
     contenders = (*CONTENDERS, NULLPOOL)
     engines = {contender.key: contender.engine(arena.url) for contender in contenders}
     taken: dict[str, list[float]] = {key: [] for key in engines}
     tls = False
-    # In many short rounds, so that a busy moment of the machine does not hit one contender alone.
+    # In many short rounds, so that a busy moment of the machine affects all contenders.
     for _ in range(_SPEED_ROUNDS):
         for key, engine in engines.items():
             end = time.perf_counter() + _SPEED_SECONDS
@@ -386,7 +394,7 @@ MEASURES: dict[str, Callable[[Arena], Measured]] = {
 
 
 def measure(name: str, contender: str, url: str, table: str, iterations: int) -> Measured:
-    """Measure one failure of one contender, in this very process."""
+    """Measure one failure of one contender in this process."""
     return MEASURES[name](Arena(BY_KEY[contender], url, table, iterations))
 
 
@@ -421,7 +429,7 @@ def _wait(pid: int) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-# -- what a driver and an error tell
+# -- drivers and errors
 
 
 def _has_tls(dbapi_connection: Any) -> bool:

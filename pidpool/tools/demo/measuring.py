@@ -1,5 +1,6 @@
-"""Runs the demo's measurements one after the other, each in a process of its own that is bounded in
-time and ended with all its children; makes and drops the tables that they need.
+"""Runs the demo's measurements one after the other, and makes and drops their tables.
+
+Each measurement runs in a process of its own, which is bounded in time and killed with its children.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from pidpool.tools.demo.verdicts import FAILURES, Failure, Verdict
 
 TABLE_PREFIX = "pidpool_demo_"
 
-_BASE_SECONDS = 60.0  # and a second for each iteration: many times what is needed
+_BASE_SECONDS = 60.0  # and a second for each iteration, many times the usual time
 _GONE_SECONDS = 5.0
 _ENDED_SECONDS = 10.0
 
 
 class ServerLog(Protocol):
-    """The part of `EmbeddedPostgres` that tells of harm to clients."""
+    """The part of `EmbeddedPostgres` that reports harm to clients."""
 
     def log_mark(self) -> int:
-        """Return where the log ends now."""
+        """Return the present length of the log."""
 
     def complaints(self, since: int = 0) -> list[str]:
-        """Return the lines since then that tell of harm."""
+        """Return the lines since then that show harm."""
 
 
 class TableLeft(RuntimeError):
@@ -49,13 +50,13 @@ class TableLeft(RuntimeError):
 
 @dataclass
 class Results:
-    """Everything that one run has measured."""
+    """The results of one run."""
 
     iterations: int
     measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
     """By the names of failure and contender."""
     complaints: dict[tuple[str, str], list[str]] | None = None
-    """The same; None where the server's log can't be read."""
+    """The same; None if the server's log can't be read."""
     speed: Measured = field(default_factory=dict)
 
     def verdict(self, failure: Failure, contender: Contender) -> Verdict:
@@ -63,7 +64,7 @@ class Results:
         return failure.verdict(self.measured[failure.name, contender.key])
 
     def complaints_of(self, contender: Contender) -> list[str] | None:
-        """Return what the server had to complain of a contender, but for clients that were killed."""
+        """Return the server's complaints about a contender, without those about killed clients."""
         if self.complaints is None:
             return None
         return [
@@ -74,18 +75,18 @@ class Results:
         ]
 
     def complaints_verdict(self, contender: Contender) -> Verdict:
-        """Judge what the server had to complain of a contender."""
+        """Judge the server's complaints about a contender."""
         lines = self.complaints_of(contender)
         return verdicts.complaints_verdict(None if lines is None else len(lines))
 
     @property
     def clean(self) -> bool:
-        """Whether PidPool got through everything."""
+        """Whether PidPool had no failure."""
         failed = any(self.verdict(failure, PIDPOOL).failed for failure in FAILURES)
         return not failed and not self.complaints_verdict(PIDPOOL).failed
 
     def unexpected(self) -> list[tuple[Failure, Contender]]:
-        """Return what was known to fail and has not, in this run."""
+        """Return the known failures that did not occur in this run."""
         return [
             (failure, contender)
             for failure in FAILURES
@@ -97,7 +98,7 @@ class Results:
 
 
 STEPS = len(FAILURES) * len(CONTENDERS) + 1
-"""How many measurements there are; each is told of once."""
+"""How many measurements a run has."""
 
 
 def measure_all(
@@ -105,30 +106,30 @@ def measure_all(
     plain_url: URL,
     iterations: int,
     log: ServerLog | None,
-    tell: Callable[[str, str, Verdict | None], None],
+    on_step: Callable[[str, str, Verdict | None], None],
 ) -> Results:
-    """Run all measurements; blocks for half a minute or more. Ends what it has started, however it ends.
+    """Run all measurements, in half a minute or more. Leaves no process and no table, also on an error.
 
-    :param url: the database, over TLS where it has that.
-    :param plain_url: the same without TLS, where it can be had.
+    :param url: the database, over TLS if the server has it.
+    :param plain_url: the same without TLS, if the server allows that.
     :param iterations: how many turns, commits and forks.
-    :param log: the server's log, None where it can't be read.
-    :param tell: called with a failure's title, the contender's and None before each measurement, and
+    :param log: the server's log; None if it can't be read.
+    :param on_step: called with a failure's title, the contender's and None before each measurement, and
         with the verdict after it.
     :raises TableLeft: a table could not be dropped.
     """
     results = Results(iterations, complaints=None if log is None else {})
     for failure in FAILURES:
-        where = plain_url if failure.plain else url
+        database = plain_url if failure.plain else url
         for contender in CONTENDERS:
-            tell(failure.title, contender.title, None)
+            on_step(failure.title, contender.title, None)
             mark = 0 if log is None else log.log_mark()
             key = failure.name, contender.key
-            results.measured[key] = _measure(failure.name, contender, where, iterations)
+            results.measured[key] = _measure(failure.name, contender, database, iterations)
             if log is not None and results.complaints is not None:
                 results.complaints[key] = log.complaints(mark)
-            tell(failure.title, contender.title, results.verdict(failure, contender))
-    tell("SELECT 1 with each pool in turn", "", None)
+            on_step(failure.title, contender.title, results.verdict(failure, contender))
+    on_step("SELECT 1 with each pool in turn", "", None)
     results.speed = _measure("speed", PIDPOOL, url, iterations)
     return results
 
@@ -150,7 +151,7 @@ def _measure(name: str, contender: Contender, url: URL, iterations: int) -> Meas
                 }
             )
         finally:
-            # So that whatever the server logs of them is logged, and no lock keeps the table.
+            # Afterwards the server has logged their ends, and no lock keeps the table.
             _wait_until_gone(engine, token)
 
 
@@ -182,14 +183,14 @@ def _wait_until_gone(engine: Engine, application_name: str) -> None:
 
 def _run_worker(request: dict[str, Any]) -> Measured:
     seconds = request["seconds"]
-    # Files, not pipes: a child that hangs would keep the end of a pipe open.
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+    # Files, not pipes: a hung child would keep the end of a pipe open.
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", worker.COMMAND, *sys.path],
             stdin=subprocess.PIPE,
-            stdout=said,
+            stdout=output,
             stderr=errors,
-            start_new_session=True,  # a process group of its own, by which it is ended with its children
+            start_new_session=True,  # a process group, by which it is killed with its children
             text=True,
         )
         try:
@@ -198,15 +199,15 @@ def _run_worker(request: dict[str, Any]) -> Measured:
                 json.dump(request, pipe)
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return {"broken": f"not over after {seconds:.0f} s", "stderr": _tail(errors)}
+            return {"broken": f"no result after {seconds:.0f} s", "stderr": _tail(errors)}
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(_ENDED_SECONDS)
-        said.seek(0)
-        answer = said.read()
+        output.seek(0)
+        answer = output.read()
         if process.returncode != 0 or not answer:
-            return {"broken": f"breaks off with status {process.returncode}", "stderr": _tail(errors)}
+            return {"broken": f"ends with status {process.returncode}", "stderr": _tail(errors)}
         measured: Measured = json.loads(answer)
         return measured
 

@@ -1,4 +1,4 @@
-"""Shows what the demo has measured: a table for people, a JSON document for programs."""
+"""Shows the demo's results: a table for people, a JSON document for programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pidpool.tools.demo.verdicts import COMPLAINTS_TITLE, FAILURES, Verdict
 
 
 def as_json(results: Results, server: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Return everything as one document; its shape is told in cli/demo.py."""
+    """Return everything as one document; cli/demo.py describes its shape."""
     failures = []
     for failure in FAILURES:
         contenders = {}
@@ -46,7 +46,7 @@ def as_json(results: Results, server: dict[str, Any], seconds: float) -> dict[st
 
 
 def show(results: Results, server: dict[str, Any], seconds: float, console: Console) -> None:
-    """Print the table, and below it in words what a reader has to know."""
+    """Print the table, and below it the notes that a reader needs."""
     table = _table(console.width)
     for failure in FAILURES:
         verdicts = [results.verdict(failure, contender) for contender in CONTENDERS]
@@ -60,7 +60,7 @@ def show(results: Results, server: dict[str, Any], seconds: float, console: Cons
     console.print()
     console.print(table)
     console.print()
-    for line in _words(results, server, seconds):
+    for line in _notes(results, server, seconds):
         console.print(Text(line))
 
 
@@ -87,31 +87,31 @@ def _cell(verdict: Verdict) -> Text:
     return Text.assemble((mark, style), "\n", verdict.text)
 
 
-def _words(results: Results, server: dict[str, Any], seconds: float) -> Iterator[str]:
-    yield "rows lost: their commit reported success, and they are not there."
+def _notes(results: Results, server: dict[str, Any], seconds: float) -> Iterator[str]:
+    yield "rows lost: their commit reported success, but the table does not have them."
     yield (
-        "events: the documented connect and checkout listeners, which compare pids. "
-        "dispose: engine.dispose(close=False), as documented, first thing in the child."
+        "events: with the documented connect and checkout listeners, which compare pids. "
+        "dispose: each child begins with the documented engine.dispose(close=False)."
     )
     times = results.speed.get("microseconds", {})
     if times:
         null, ours = times[NULLPOOL.key], times[PIDPOOL.key]
         yield (
-            f"NullPool, the other documented way: {null / 1000:.2f} ms for a SELECT 1, "
+            f"NullPool, the third documented remedy: {null / 1000:.2f} ms for a SELECT 1, "
             f"{null / ours:.0f} times PidPool's {ours / 1000:.2f} ms."
         )
     else:
         yield f"The time of a SELECT 1 could not be measured: {results.speed.get('broken')}."
     if results.complaints is not None:
-        yield "Complaints: without those about the killed parent, which no pool could prevent."
+        yield "Complaints: without those about the killed parent, which no pool can prevent."
     for failure, contender in results.unexpected():
         yield (
             f"Not as expected: {contender.title} got through '{failure.title}' this time "
-            f"({results.iterations} iterations; more may show it)."
+            f"({results.iterations} iterations; more may show the failure)."
         )
     named = ", ".join(f"{name} {number}" for name, number in _versions(server).items())
-    yield f"Measured just now, in {seconds:.0f} s, with {results.iterations} iterations: {named}."
-    yield "PidPool: no failure." if results.clean else "PidPool FAILED; its column says at what."
+    yield f"Measured in {seconds:.0f} s with {results.iterations} iterations: {named}."
+    yield "PidPool: no failure." if results.clean else "PidPool FAILED; its column shows where."
 
 
 def _versions(server: dict[str, Any]) -> dict[str, str]:

@@ -1,6 +1,4 @@
-"""What the numbers of the demo mean: for every failure its title, whether a contender failed, and the
-few words that stand in the table.
-"""
+"""Judges the demo's numbers: each failure's title, whether a contender failed, and the table's text."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ Measured = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a contender failed, and what happened."""
+    """Whether a contender failed, and the text of its cell."""
 
     failed: bool
     text: str
@@ -27,14 +25,14 @@ class Failure:
     title: str
     judge: Callable[[Measured], Verdict]
     plain: bool = False
-    """Whether it asks for a connection without TLS, where the harm stays silent."""
+    """Whether it is measured without TLS, which would turn silent harm into an error."""
     survivors: frozenset[str] = frozenset()
-    """The contenders beside PidPool that are known to get through."""
+    """The contenders beside PidPool that are known to pass."""
     kills_a_client: bool = False
-    """Whether the server has reason to complain, whatever the pool does."""
+    """Whether the server logs a complaint whatever the pool does."""
 
     def verdict(self, measured: Measured) -> Verdict:
-        """Judge what was measured, which may be no more than ``{"broken": why}``."""
+        """Judge a measurement, which is ``{"broken": reason}`` if it broke off."""
         if "broken" in measured:
             return Verdict(True, measured["broken"])
         return self.judge(measured)
@@ -49,37 +47,37 @@ def _replaced_session(measured: Measured) -> Verdict:
 
 def _commits(measured: Measured) -> Verdict:
     asked, reported, present = measured["commits"], measured["commits_reported"], measured["rows_present"]
-    said = []
+    parts = []
     if reported != asked:
-        said.append(f"{asked - reported} of {asked} commits raise")
+        parts.append(f"{asked - reported} of {asked} commits raise")
     if present != reported:
-        said.append(f"{reported - present} of {reported} rows lost")
+        parts.append(f"{reported - present} of {reported} rows lost")
     if measured.get("children_failed"):
-        said.append(f"{measured['children_failed']} of {asked} children fail")
-    if said:
-        return Verdict(True, ", ".join(said))
-    return Verdict(False, f"{present} of {asked} rows there")
+        parts.append(f"{measured['children_failed']} of {asked} children fail")
+    if parts:
+        return Verdict(True, ", ".join(parts))
+    return Verdict(False, f"{present} of {asked} rows present")
 
 
 def _orphaned_lock(measured: Measured) -> Verdict:
     held = measured["seconds"]
     if measured["until_child_ended"]:
-        return Verdict(True, f"held {held:.1f} s, till child ends")
+        return Verdict(True, f"held {held:.1f} s, until child ends")
     return Verdict(False, f"free after {held * 1000:.0f} ms")
 
 
 def _forked_with_threads(measured: Measured) -> Verdict:
     forks, hung, failed = measured["forks"], measured["children_hung"], measured["children_failed"]
-    said = []
+    parts = []
     if hung:
-        said.append(f"{hung} of {forks} hang")
+        parts.append(f"{hung} of {forks} hang")
     if failed:
-        said.append(f"{failed} of {forks} fail")
+        parts.append(f"{failed} of {forks} fail")
     if measured["parent_errors"]:
-        said.append(f"{measured['parent_errors']} errors in the parent")
-    if said:
-        return Verdict(True, ", ".join(said))
-    return Verdict(False, f"{forks} of {forks} fine")
+        parts.append(f"{measured['parent_errors']} errors in the parent")
+    if parts:
+        return Verdict(True, ", ".join(parts))
+    return Verdict(False, f"{forks} of {forks} succeed")
 
 
 FAILURES = (
@@ -118,7 +116,7 @@ COMPLAINTS_TITLE = "Complaints in the server's log"
 
 
 def complaints_verdict(count: int | None) -> Verdict:
-    """Judge how often the server complained of a contender; None where that can't be known."""
+    """Judge the number of the server's complaints; None if its log can't be read."""
     if count is None:
         return Verdict(False, "unknown")
     return Verdict(count > 0, str(count or "none"))

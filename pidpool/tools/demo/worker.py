@@ -1,6 +1,7 @@
-"""The process in which one failure of one contender is measured: ``python -c`` with `COMMAND`. It reads
-what to measure from standard input (a URL may hold a password, so not from its arguments), and writes
-the numbers to standard output, both as one JSON document.
+"""The process that measures one failure of one contender: ``python -c`` with `COMMAND`.
+
+It reads its request from standard input and writes the numbers to standard output, both as one JSON
+document. The request is no argument, because its URL may hold a password.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from typing import Any
 from pidpool.tools.demo import failures
 
 COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from pidpool.tools.demo import worker; worker.main()"
-"""Its arguments are the starting process's ``sys.path``, so that both import the same packages, and
-nothing from the current directory that the other would not."""
+"""Its arguments are the ``sys.path`` of the process that starts it, so that both import the same files."""
 
 _PR_SET_PDEATHSIG = 1
-_GRACE_SECONDS = 5.0  # that the starting process has to end this one itself
+_GRACE_SECONDS = 5.0  # for the process that started this one to end it
 
 
 def main() -> None:
-    """Measure what standard input asks for, and end this process."""
+    """Measure what the request on standard input names, and end this process."""
     request: Mapping[str, Any] = json.load(sys.stdin)
-    # Ends with whoever started it, even where that was killed; its children have timers of their own.
+    # It ends with the process that started it, also if that was killed. Its children have own timers.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.setitimer(signal.ITIMER_REAL, request["seconds"] + _GRACE_SECONDS)

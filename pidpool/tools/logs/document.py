@@ -1,28 +1,30 @@
 """The summary as one JSON document, for programs. Its shape is stable: fields are added, and a field that
 means something else gets another name and the document another `SCHEMA`.
 
-Times are seconds since the epoch, durations seconds, null is "not known". A process is named by its
-``id``: its pid, or ``<pid>#<n>`` for the n-th process with that pid; ``others`` are those for which there
-was no room.
+Times are seconds since the epoch, durations are in seconds, null means "not known". A process is named by its
+``id``: its pid, or ``<pid>#<n>`` for the n-th process with that pid; ``others`` stands for all processes for
+which there was no room.
 
 ``schema``, ``files``, ``lines``, ``events``, ``foreign_lines``, ``first_at``, ``last_at``
-``open_transaction_leaks``: what ``--check`` looks at
-``totals``: opened, closed (by reason), checkouts, checkins, invalidations, timeouts, overdue,
-    returned_late, forks, inherited (by state), severed, kept, replaced, refused, disposed
+``open_transaction_leaks``: the number that ``--check`` looks at
+``totals``: opened, failed (by error), closed (by reason), checkouts, checkins, invalidations, timeouts,
+    overdue, returned_late, forks, inherited (by state), severed, kept, replaced, refused, disposed
 ``processes``: id, pid, parent (an id), forked_at, noticed_by, connects_in_flight, first_at, last_at, pools,
     the totals of the process, wait and use (count, sum, max), create_time_max, connections_left_out and its
     connections: connection_id, pool, fd, server_pid, opened_at, create_time, checkouts, checkins, wait, use,
     invalidations, closed_at, closed_reason, out_since
 ``leaks``: at, owner and inheritor (ids), owner_pid, pid, connection_id, pool, fd, server_pid, state, action,
-    open_transaction, where, refused, replaced_by, replaced_by_server_pid, fields (the user's own)
-``unheard_forks``: at, owner (an id), pool, idle, checked_out, in_transaction: forks that the parent tells of
-    and no child; what crossed them is in open_transaction_leaks too
+    open_transaction, where, fork_line, refused, replaced_by, replaced_by_server_pid, fields (the user's own)
+``fork_lines``: fork_line (the line of code that forked, with its callers; null means "not known"), leaks,
+    open_transaction_leaks: of all forks of that line; those with most leaks first
+``unmatched_forks``: at, owner (an id), pool, fork_line, idle, checked_out, in_transaction: forks that the
+    parent logged and no child; their connections in a transaction are counted in open_transaction_leaks too
 ``longest_waits``, ``longest_holds``: seconds, at, process, connection_id, pool, where, fields
 ``not_returned``: process, connection_id, pool, server_pid, since, seconds, where
 ``timeouts``: at, process, pool, seconds, size, overflow, checked_out, fields; the newest
 ``over_maximum``: at, process, pool, processes, maximum, server_max_connections; the newest
 ``overdue``: where, count, longest, hold_warning, last_at
-``left_out``: how many leaks (unheard ones as well), processes, connections, timeouts, not_returned and
+``left_out``: how many leaks (also of unmatched forks), processes, connections, timeouts, not_returned and
     overdue checkouts are counted above without being listed
 """
 
@@ -31,10 +33,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pidpool.tools.logs.findings import Leak, Place, Timeout, Wait
+from pidpool.terms import SOCKET_ACTIONS
+from pidpool.tools.logs.findings import ForkLine, Leak, OverMaximum, Place, Timeout, Wait
 from pidpool.tools.logs.processes import Connection, Process, Use
 from pidpool.tools.logs.reading import Source
 from pidpool.tools.logs.summary import Summary
+from pidpool.tools.logs.unmatched import UnmatchedFork
 
 SCHEMA = 1
 
@@ -48,7 +52,6 @@ def document(summary: Summary, sources: Sequence[Source], top: int = 10) -> dict
     """
     processes = list(summary.processes)
     out = summary.not_returned()
-    unheard = summary.unheard_left_out
     return {
         "schema": SCHEMA,
         "files": [source.name for source in sources],
@@ -61,36 +64,16 @@ def document(summary: Summary, sources: Sequence[Source], top: int = 10) -> dict
         "totals": totals(summary),
         "processes": [_process(process) for process in processes],
         "leaks": [_leak(leak) for leak in summary.leaks],
-        "unheard_forks": [
-            {
-                "at": fork.at,
-                "owner": fork.owner.id,
-                "pool": fork.pool,
-                "idle": fork.idle,
-                "checked_out": fork.checked_out,
-                "in_transaction": fork.in_transaction,
-            }
-            for fork in summary.unheard_forks()
-        ],
-        "longest_waits": _longest(summary.waits.first(top)),
-        "longest_holds": _longest(summary.holds.first(top)),
-        "not_returned": [
-            {
-                "process": connection.process.id,
-                "connection_id": connection.connection_id,
-                "pool": connection.pool,
-                "server_pid": connection.server_pid,
-                "since": connection.out_at,
-                "seconds": round(summary.held(connection), 6),
-                "where": connection.where,
-            }
-            for connection in out[:MOST_NOT_RETURNED]
-        ],
+        "fork_lines": [_fork_line(line) for line in summary.fork_lines()],
+        "unmatched_forks": [_unmatched(fork) for fork in summary.unmatched.listed()],
+        "longest_waits": [_longest(wait) for wait in summary.waits.first(top)],
+        "longest_holds": [_longest(hold) for hold in summary.holds.first(top)],
+        "not_returned": [_not_returned(each, summary) for each in out[:MOST_NOT_RETURNED]],
         "timeouts": [_timeout(timeout) for timeout in summary.timeouts],
-        "over_maximum": [{**each._asdict(), "process": each.process.id} for each in summary.over_maximum],
+        "over_maximum": [_over_maximum(each) for each in summary.over_maximum],
         "overdue": [_place(place) for place in places(summary)],
         "left_out": {
-            "leaks": summary.leaks_left_out + unheard.idle + unheard.checked_out,
+            "leaks": summary.leaks_left_out + summary.unmatched.left_out.connections,
             "processes": summary.processes.left_out,
             "connections": sum(process.connections_left_out for process in processes),
             "timeouts": summary.timed_out - len(summary.timeouts),
@@ -121,45 +104,22 @@ def totals(summary: Summary) -> dict[str, Any]:
                     into[key] = into.get(key, 0) + number
             else:
                 found[name] = found.get(name, 0) + value
-    actions = summary.leaks_by_action
-    return {**found, "severed": actions.get("severed", 0), "kept": actions.get("kept", 0)}
+    return {**found, **{action: summary.leaks_by_action.get(action, 0) for action in SOCKET_ACTIONS}}
+
+
+def _fields(item: object, names: str) -> dict[str, Any]:
+    """Return the attributes that have the same name in the document."""
+    return {name: getattr(item, name) for name in names.split()}
 
 
 def _counts(process: Process) -> dict[str, Any]:
-    use = process.use()
+    names = "opened invalidations timeouts overdue returned_late forks replaced refused disposed"
     return {
-        "opened": process.opened,
+        **_fields(process, names),
+        **_fields(process.use(), "checkouts checkins"),
+        "failed": dict(process.failed),
         "closed": dict(process.closed),
-        "checkouts": use.checkouts,
-        "checkins": use.checkins,
-        "invalidations": process.invalidations,
-        "timeouts": process.timeouts,
-        "overdue": process.overdue,
-        "returned_late": process.returned_late,
-        "forks": process.forks,
         "inherited": dict(process.inherited),
-        "replaced": process.replaced,
-        "refused": process.refused,
-        "disposed": process.disposed,
-    }
-
-
-def _process(process: Process) -> dict[str, Any]:
-    return {
-        "id": process.id,
-        "pid": process.pid or None,
-        "parent": None if process.parent is None else process.parent.id,
-        "forked_at": process.adopted_at,
-        "noticed_by": process.trigger,
-        "connects_in_flight": process.connects_in_flight,
-        "first_at": process.first_at,
-        "last_at": process.until(),
-        "pools": list(process.pools),
-        **_counts(process),
-        **_times(process.use()),
-        "create_time_max": process.create_max,
-        "connections": [_connection(connection) for connection in process.connections.values()],
-        "connections_left_out": process.connections_left_out,
     }
 
 
@@ -170,79 +130,81 @@ def _times(use: Use) -> dict[str, Any]:
     }
 
 
-def _connection(connection: Connection) -> dict[str, Any]:
+def _process(process: Process) -> dict[str, Any]:
     return {
-        "connection_id": connection.connection_id,
-        "pool": connection.pool,
-        "fd": connection.fd,
-        "server_pid": connection.server_pid,
-        "opened_at": connection.opened_at,
-        "create_time": connection.create_time,
-        "checkouts": connection.checkouts,
-        "checkins": connection.checkins,
+        **_fields(process, "id connects_in_flight first_at connections_left_out"),
+        "pid": process.pid or None,
+        "parent": None if process.parent is None else process.parent.id,
+        "forked_at": process.adopted_at,
+        "noticed_by": process.trigger,
+        "last_at": process.until(),
+        "pools": list(process.pools),
+        **_counts(process),
+        **_times(process.use()),
+        "create_time_max": process.create_max,
+        "connections": [_connection(connection) for connection in process.connections.values()],
+    }
+
+
+def _connection(connection: Connection) -> dict[str, Any]:
+    names = "connection_id pool fd server_pid opened_at create_time checkouts checkins invalidations"
+    return {
+        **_fields(connection, f"{names} closed_at closed_reason"),
         **_times(connection),
-        "invalidations": connection.invalidations,
-        "closed_at": connection.closed_at,
-        "closed_reason": connection.closed_reason,
         "out_since": connection.out_at,
     }
 
 
 def _leak(leak: Leak) -> dict[str, Any]:
     return {
-        "at": leak.at,
+        **_fields(leak, "at owner_pid pid state action where fork_line"),
         "owner": leak.owner.id,
         "inheritor": leak.inheritor.id,
-        "owner_pid": leak.owner_pid,
-        "pid": leak.pid,
-        "connection_id": leak.connection.connection_id,
-        "pool": leak.connection.pool,
-        "fd": leak.connection.fd,
-        "server_pid": leak.connection.server_pid,
-        "state": leak.state,
-        "action": leak.action,
+        **_fields(leak.connection, "connection_id pool fd server_pid"),
         "open_transaction": leak.open,
-        "where": leak.where,
-        "refused": leak.refused,
-        "replaced_by": leak.replaced_by,
-        "replaced_by_server_pid": leak.replaced_by_server_pid,
-        "fields": leak.fields,
+        **_fields(leak, "refused replaced_by replaced_by_server_pid fields"),
     }
 
 
-def _longest(longest: list[Wait]) -> list[dict[str, Any]]:
-    return [
-        {
-            "seconds": each.seconds,
-            "at": each.at,
-            "process": each.connection.process.id,
-            "connection_id": each.connection.connection_id,
-            "pool": each.connection.pool,
-            "where": each.where,
-            "fields": each.fields,
-        }
-        for each in longest
-    ]
+def _unmatched(fork: UnmatchedFork) -> dict[str, Any]:
+    return {**_fields(fork, "at pool fork_line idle checked_out in_transaction"), "owner": fork.owner.id}
+
+
+def _fork_line(line: ForkLine) -> dict[str, Any]:
+    return {"fork_line": line.line, "leaks": line.crossed, "open_transaction_leaks": line.open}
+
+
+def _longest(wait: Wait) -> dict[str, Any]:
+    return {
+        **_fields(wait, "seconds at where fields"),
+        "process": wait.connection.process.id,
+        **_fields(wait.connection, "connection_id pool"),
+    }
+
+
+def _not_returned(connection: Connection, summary: Summary) -> dict[str, Any]:
+    return {
+        **_fields(connection, "connection_id pool server_pid where"),
+        "process": connection.process.id,
+        "since": connection.out_at,
+        "seconds": round(summary.held(connection), 6),
+    }
 
 
 def _timeout(timeout: Timeout) -> dict[str, Any]:
     return {
-        "at": timeout.at,
+        **_fields(timeout, "at pool size overflow checked_out fields"),
         "process": timeout.process.id,
-        "pool": timeout.pool,
         "seconds": timeout.wait,
-        "size": timeout.size,
-        "overflow": timeout.overflow,
-        "checked_out": timeout.checked_out,
-        "fields": timeout.fields,
+    }
+
+
+def _over_maximum(over: OverMaximum) -> dict[str, Any]:
+    return {
+        **_fields(over, "at pool processes maximum server_max_connections"),
+        "process": over.process.id,
     }
 
 
 def _place(place: Place) -> dict[str, Any]:
-    return {
-        "where": place.where,
-        "count": place.count,
-        "longest": place.longest,
-        "hold_warning": place.hold_warning,
-        "last_at": place.last_at,
-    }
+    return _fields(place, "where count longest hold_warning last_at")

@@ -1,5 +1,5 @@
-"""What is found in a log and kept one by one: leaks, forks whose child logged nothing, long waits and holds,
-timeouts, overdue checkouts. The counting is in summary.py.
+"""What is found in a log and kept one by one: leaks, long waits and holds, timeouts, overdue checkouts. The
+counting is in summary.py, the forks that only a parent logged are in unmatched.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pidpool.terms import OPEN_STATES, SOCKET_ACTIONS, STATES_AT_FORK, StateAtFork
-from pidpool.tools.logs.clean import cleaned, own_fields
+from pidpool.tools.logs.clean import LONGEST_FORK_LINE, cleaned, own_fields
 from pidpool.tools.logs.processes import Connection, Process, name_of
 
 Event = Mapping[str, Any]
@@ -19,7 +19,7 @@ class Leak:
     """A connection that was open in another process than its owner's: one `connection.inherited`."""
 
     __slots__ = ("at", "owner", "inheritor", "connection", "owner_pid", "pid", "state", "action", "where",
-                 "replaced_by", "replaced_by_server_pid", "refused", "fields")  # fmt: skip
+                 "fork_line", "replaced_by", "replaced_by_server_pid", "refused", "fields")  # fmt: skip
 
     def __init__(self, event: Event, connection: Connection, inheritor: Process) -> None:
         self.at: float = event["at"]
@@ -29,10 +29,11 @@ class Leak:
         self.owner_pid: int = event["owner_pid"]
         self.pid: int = event["pid"]
         state, action = event["state"], event["action"]
-        # What this version does not know may be an open transaction.
-        self.state: str = state if state in STATES_AT_FORK else "unknown"
+        # A state that this version does not know may be an open transaction.
+        self.state: StateAtFork = state if state in STATES_AT_FORK else "unknown"
         self.action: str = action if action in SOCKET_ACTIONS else name_of(action)
         self.where = cleaned(event.get("where"))
+        self.fork_line = fork_line_of(event)
         self.replaced_by: str | None = None
         self.replaced_by_server_pid: int | None = None
         self.refused = False
@@ -59,37 +60,6 @@ class Leak:
         return ", then ".join(said)
 
 
-class UnheardFork:
-    """A fork with connections open, told by the parent alone: the child never used the pool, or its log is
-    not among those that were read."""
-
-    def __init__(self, at: float, owner: Process, pool: str | None) -> None:
-        self.at = at
-        self.owner = owner
-        self.pool = pool
-        self.idle = 0
-        self.checked_out = 0
-        self.in_transaction = 0
-
-    @property
-    def open(self) -> bool:
-        """Whether a transaction was open."""
-        return self.in_transaction > 0
-
-    @property
-    def state(self) -> StateAtFork:
-        """The state of the connection that is worst off."""
-        if self.in_transaction:
-            return "in transaction"
-        return "idle" if self.idle else "no transaction"
-
-    def add(self, idle: int, checked_out: int, in_transaction: int) -> None:
-        """Count connections in."""
-        self.idle += idle
-        self.checked_out += checked_out
-        self.in_transaction += in_transaction
-
-
 class Wait(NamedTuple):
     """How long a checkout waited, or for how long it was held."""
 
@@ -99,13 +69,13 @@ class Wait(NamedTuple):
     """When the wait was over, or the connection came back."""
     connection: Connection
     wait: float
-    """What the checkout waited, where the hold is meant."""
+    """Of a hold: how long the checkout had waited."""
     where: str | None
     fields: dict[str, str]
 
 
 class Longest:
-    """The longest of many, so many of them as there is room for."""
+    """The longest of many, as many as `size`."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -123,7 +93,7 @@ class Longest:
             self.floor = self._heap[0].seconds
 
     def first(self, number: int | None = None) -> list[Wait]:
-        """Return the longest, longest first: all that are kept, or so many."""
+        """Return the longest, longest first: all that are kept, or `number` of them."""
         return heapq.nlargest(len(self._heap) if number is None else number, self._heap)
 
     def __len__(self) -> int:
@@ -152,6 +122,27 @@ class OverMaximum(NamedTuple):
     processes: int | None
     maximum: int | None
     server_max_connections: int | None
+
+
+class ForkLine:
+    """The connections that crossed the forks of one line of code."""
+
+    def __init__(self, line: str | None) -> None:
+        self.line = line
+        """With its callers, as the field `forked_at` has it; None if the log does not name it."""
+        self.crossed = 0
+        self.open = 0
+        """How many of them had a transaction open, or perhaps open."""
+
+    def add(self, crossed: int, open_ones: int) -> None:
+        """Count connections in."""
+        self.crossed += crossed
+        self.open += open_ones
+
+
+def fork_line_of(event: Event) -> str | None:
+    """Return the line that forked, with its callers; None if the event does not name it."""
+    return cleaned(event.get("forked_at"), LONGEST_FORK_LINE)
 
 
 class Place:

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the page's data. Whatever comes from the log gets into the page as text, never as HTML.
+// Draws the page's data. Values from the log get into the page as text, never as HTML.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const ROW = 11, MOST_ROWS = 8, LANE = 46, AXIS = 28, SVG = "http://www.w3.org/2000/svg";
@@ -49,7 +49,7 @@
   byId("range").textContent =
     `${iso(data.from).slice(0, 10)} ${clock(data.from)} to ${severalDays ? iso(data.to).slice(0, 10) + " " : ""}` +
     `${clock(data.to)} UTC, ${duration(data.to - data.from)}; ${count(data.events, "event")}` +
-    (data.foreign ? `, ${count(data.foreign, "line")} of something else` : "");
+    (data.foreign ? `, ${count(data.foreign, "other line")}` : "");
   for (const [name, value, kind] of [
     ["transactions leaked", number(data.openLeakCount), data.openLeakCount ? "bad" : "good"],
     ["leaks", number(data.leakCount), ""],
@@ -67,7 +67,7 @@
   }
   document.querySelector("main").hidden = false;
 
-  // -- the marks: everything that can be pointed at, in the order of the arrow keys
+  // -- the marks: the elements that can be pointed at, in the order of the arrow keys
 
   const lanes = data.lanes.map((lane, index) => ({ ...lane, index, marks: [], rows: [] }));
   const marks = [];
@@ -104,15 +104,16 @@
         ["owner", `pid ${lanes[leak.owner].id}`], ["inherited by", `pid ${lanes[leak.inheritor].id}`],
         ["at", moment(leak.at)], ["state", leak.state], ["done", leak.outcome],
         ["descriptor", known(leak.fd)], ["server pid", known(leak.serverPid)], ["pool", leak.pool],
-        ["checked out at", leak.where], ...Object.entries(leak.fields),
+        ["checked out at", leak.where], ["forked at", leak.forkLine], ...Object.entries(leak.fields),
       ], { leak, place: Math.min(place, 7) });
   });
-  const unheardMarks = data.unheard.map(([owner, at, pool, idle, checkedOut, inTransaction, state]) => {
+  const unmatchedMarks = data.unmatchedForks.map(([owner, at, pool, idle, checkedOut, inTransaction, state, forkLine]) => {
     const open = inTransaction > 0;
     return mark(owner, "leak", at, at,
       `${count(idle + checkedOut, "connection")} crossed a fork${open ? `, ${number(inTransaction)} with an open transaction` : ""}`, [
-        ["owner", `pid ${lanes[owner].id}`], ["inherited by", "a child that told nothing"], ["at", moment(at)],
-        ["in transaction", inTransaction], ["otherwise checked out", checkedOut - inTransaction], ["idle", idle], ["pool", pool],
+        ["owner", `pid ${lanes[owner].id}`], ["inherited by", "a child without events"], ["at", moment(at)],
+        ["in transaction", inTransaction], ["no transaction", checkedOut - inTransaction], ["idle", idle], ["pool", pool],
+        ["forked at", forkLine],
       ], { leak: { owner, inheritor: null, open, state }, place: -1 });
   });
 
@@ -140,7 +141,7 @@
   const height = top;
   marks.sort((a, b) => a.lane - b.lane || a.from - b.from);
   marks.forEach((one, index) => { one.index = index; });
-  let current = [...leakMarks, ...unheardMarks, { index: 0 }][0].index;
+  let current = [...leakMarks, ...unmatchedMarks, { index: 0 }][0].index;
   let kept = -1;
 
   // -- drawing
@@ -197,7 +198,7 @@
         put(group, "rect", { class: `hold${one.late ? " late" : ""}${one.out ? " out" : ""}`, x: from, y, width: wide, height: 8, rx: Math.min(2, wide / 2) });
       }
     }
-    for (const one of [...leakMarks, ...unheardMarks]) { // last, so that nothing lies over them
+    for (const one of [...leakMarks, ...unmatchedMarks]) { // last, so that nothing lies over them
       if (!seen(one.from, one.to)) continue;
       const group = putMark(svg, one);
       const y = lanes[one.lane].line, from = lanes[one.leak.owner].line, fork = x(one.from), place = fork + 12 + one.place * 13;
@@ -247,7 +248,7 @@
     offerTab();
   }
 
-  function offerTab() { // one mark is reached by Tab; the others from there
+  function offerTab() { // Tab reaches one mark, the arrow keys the others
     if (!elementOf(current)) {
       const first = plot.querySelector("[data-mark]");
       if (first) { current = Number(first.dataset.mark); first.setAttribute("tabindex", 0); }
@@ -263,7 +264,7 @@
 
   // -- reading a mark
 
-  function tell(into, one) {
+  function describe(into, one) {
     into.replaceChildren();
     into.classList.toggle("leaked", one.kind === "leak");
     const event = put(into, "div", { class: "event" });
@@ -277,7 +278,7 @@
   }
 
   function hint(one, left, below) {
-    tell(tip, one);
+    describe(tip, one);
     const box = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(8, Math.min(left + 14, innerWidth - box.width - 8))}px`;
     tip.style.top = `${below + 18 + box.height > innerHeight ? Math.max(8, below - box.height - 14) : below + 18}px`;
@@ -291,8 +292,8 @@
 
   function keep(one) {
     kept = one.index;
-    tell(detail, one);
-    hide(); // it says no more
+    describe(detail, one);
+    hide(); // the tip would repeat it
     for (const element of plot.querySelectorAll("[data-mark]")) element.classList.toggle("kept", Number(element.dataset.mark) === kept);
   }
 
@@ -377,11 +378,23 @@
   byId("leaks-title").textContent = data.leakCount
     ? `${count(data.leakCount, "connection")} crossed a fork, ${number(data.openLeakCount)} with an open transaction`
     : "No connection crossed a fork";
-  const listed = [...leakMarks, ...unheardMarks];
+  if (data.forkLines.some(([line]) => line !== null)) {
+    const table = put(byId("fork-lines"), "table");
+    const head = put(put(table, "thead"), "tr");
+    for (const name of ["forked at", "leaks", "with an open transaction"]) put(head, "th", { scope: "col" }, name);
+    const body = put(table, "tbody");
+    for (const [line, leaks, open] of data.forkLines) {
+      const row = put(body, "tr");
+      put(row, "td", { "data-name": "forked at" }, line === null ? "an unknown line" : line);
+      put(row, "td", { "data-name": "leaks" }, number(leaks));
+      put(row, "td", { "data-name": "with an open transaction", class: open ? "state open" : "" }, number(open));
+    }
+  }
+  const listed = [...leakMarks, ...unmatchedMarks];
   if (listed.length) {
     const table = put(byId("leak-list"), "table");
     const head = put(put(table, "thead"), "tr");
-    const COLUMNS = ["at", "owner", "inherited by", "descriptor", "server pid", "state", "done", "checked out at"];
+    const COLUMNS = ["at", "owner", "inherited by", "descriptor", "server pid", "state", "done", "checked out at", "forked at"];
     for (const name of ["connection", ...COLUMNS]) put(head, "th", { scope: "col" }, name);
     const body = put(table, "tbody");
     for (const one of listed) {

@@ -1,8 +1,8 @@
 """The summary as one self-contained HTML page: a lane for each process, a bar for each checkout, forks as
 branches, leaks in red. Its parts are page.html, page.css and page.js beside this file.
 
-All data goes into the page as JSON that can't end its script element, and into its text by
-``textContent`` alone; a policy in the page forbids every request and every script but its own.
+All data goes into the page as JSON that can't end its script element, and from there into its text only by
+``textContent``. A policy in the page forbids every request and every script but its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOST_OUT = 500
 def render(summary: Summary, sources: Sequence[Source]) -> str:
     """Return the page."""
     data = json.dumps(_data(summary, sources), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    # In JSON these stand in strings only, where the escape means the same.
+    # JSON has these characters in strings only, and there the escape means the same.
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     style, script = _part("page.css"), _part("page.js")
@@ -54,8 +54,8 @@ def _data(summary: Summary, sources: Sequence[Source]) -> dict[str, Any]:
     lanes = {id(process): number for number, (process, _) in enumerate(shown)}
     leaks = sorted(summary.leaks, key=lambda leak: (not leak.open, leak.at))
     leaks = [leak for leak in leaks if {id(leak.owner), id(leak.inheritor)} <= lanes.keys()][:MOST_LEAKS]
-    unheard = [fork for fork in summary.unheard_forks() if id(fork.owner) in lanes]
-    unheard = sorted(unheard, key=lambda fork: not fork.open)[:MOST_LEAKS]
+    unmatched = [fork for fork in summary.unmatched.listed() if id(fork.owner) in lanes]
+    unmatched = sorted(unmatched, key=lambda fork: not fork.open)[:MOST_LEAKS]
     bars = [
         _bar(lanes[id(hold.connection.process)], hold.connection, hold.at - hold.seconds, hold.at,
              hold.wait, hold.where, hold.fields)
@@ -74,7 +74,7 @@ def _data(summary: Summary, sources: Sequence[Source]) -> dict[str, Any]:
         if id(each.process) in lanes
     ]
     sums = totals(summary)
-    crossed = len(leaks) + sum(fork.idle + fork.checked_out for fork in unheard)
+    crossed = len(leaks) + sum(fork.connections for fork in unmatched)
     return {
         "files": [source.name for source in sources][:20],
         "moreFiles": max(0, len(sources) - 20),
@@ -94,7 +94,7 @@ def _data(summary: Summary, sources: Sequence[Source]) -> dict[str, Any]:
         "lanes": [_lane(process, depth, lanes) for process, depth in shown],
         "bars": bars,
         "leaks": [_leak(leak, lanes) for leak in leaks],
-        "unheard": [
+        "unmatchedForks": [
             [
                 lanes[id(fork.owner)],
                 fork.at,
@@ -103,9 +103,11 @@ def _data(summary: Summary, sources: Sequence[Source]) -> dict[str, Any]:
                 fork.checked_out,
                 fork.in_transaction,
                 fork.state,
+                fork.fork_line,
             ]
-            for fork in unheard
+            for fork in unmatched
         ],
+        "forkLines": [[each.line, each.crossed, each.open] for each in summary.fork_lines()],
         "timeouts": timeouts,
         "leftOut": _left_out(summary, sums, len(shown), len(bars), crossed, len(timeouts)),
     }
@@ -114,8 +116,8 @@ def _data(summary: Summary, sources: Sequence[Source]) -> dict[str, Any]:
 def _shown_lanes(summary: Summary) -> list[tuple[Process, int]]:
     """Return the processes that get a lane with their depth in the tree, parents before children.
 
-    Where there are too many: those with open leaks first, then with leaks, then the earliest; and all
-    their ancestors.
+    If there are too many: those with open leaks first, then those with leaks, then the earliest; each with
+    all its ancestors.
     """
     rank = {id(process): 2 for process in summary.processes.all}
     for leak in summary.leaks:
@@ -179,6 +181,7 @@ def _leak(leak: Leak, lanes: dict[int, int]) -> dict[str, Any]:
         "open": leak.open,
         "outcome": leak.outcome,
         "where": leak.where,
+        "forkLine": leak.fork_line,
         "fields": leak.fields,
     }
 

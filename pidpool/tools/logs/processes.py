@@ -1,8 +1,8 @@
-"""Who is who in a log: processes and their connections, told apart also where a pid was used again.
+"""The processes and connections of a log, kept apart even if a pid was used again.
 
 A pid names one process at a time. It is another one from `pool.adopted` or `connection.inherited` on
-(both stand at the start of a forked child), and from a connection on whose number was given before:
-``<pid>-<number>`` counts upwards as long as a process lives.
+(both stand at the start of a forked child), and from the first connection
+whose number was used before: ``<pid>-<number>`` counts upwards as long as a process lives.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from pidpool.tools.logs.clean import clean, cleaned
 
 MOST_PROCESSES = 5_000
-"""Processes that are kept apart; all further ones are counted together."""
+"""Processes that are kept apart; all others are counted together."""
 
 MOST_CONNECTIONS = 20_000
-"""Connections that are kept apart, of all processes; of further ones the oldest are counted together."""
+"""Connections that are kept apart, of all processes; if there are more, the oldest are counted together."""
 
 _AT_ONCE = 1.0
 """Seconds within which the first events of a process follow each other."""
@@ -28,7 +28,7 @@ _MOST_POOLS = 20
 
 
 class Use:
-    """What was done with one connection, or with several."""
+    """The checkouts of one connection, or of several."""
 
     __slots__ = ("checkouts", "checkins", "wait_sum", "wait_max", "use_sum", "use_max")
 
@@ -41,7 +41,7 @@ class Use:
         self.use_max = 0.0
 
     def add(self, other: Use) -> None:
-        """Count another one's in."""
+        """Add another one's checkouts."""
         self.checkouts += other.checkouts
         self.checkins += other.checkins
         self.wait_sum += other.wait_sum
@@ -51,7 +51,7 @@ class Use:
 
 
 class Connection(Use):
-    """A connection, as far as the log tells of it."""
+    """A connection, as far as the log describes it."""
 
     __slots__ = (
         "process",
@@ -88,7 +88,7 @@ class Connection(Use):
         """When it last came back."""
         self.out_wait = 0.0
         self.where: str | None = None
-        """The line that checked it out, where an event told it."""
+        """The line that checked it out, if an event named it."""
         self.last_use: float | None = None
         self.closed_at: float | None = None
         self.closed_reason: str | None = None
@@ -109,7 +109,7 @@ class Process:
         self.adopted_at: float | None = None
         self.trigger: str | None = None
         self.connects_in_flight = 0
-        self.speaks = False
+        self.has_events = False
         """Whether it has events of its own, and is not only named in another's."""
         self.pools: dict[str, None] = {}
         self.connections: dict[str, Connection] = {}
@@ -119,6 +119,8 @@ class Process:
         self.highest = 0
         self.highest_opened_at = 0.0
         self.opened = 0
+        self.failed: dict[str, int] = {}
+        """Connects that failed, by the class of the error."""
         self.create_max = 0.0
         self.closed: dict[str, int] = {}
         self.invalidations = 0
@@ -133,7 +135,7 @@ class Process:
 
     @property
     def id(self) -> str:
-        """Its pid, with a number behind it where that pid was used before in the log."""
+        """Its pid, followed by a number if the pid was used before in the log."""
         if self.pid == 0:
             return "others"
         return str(self.pid) if self.number == 1 else f"{self.pid}#{self.number}"
@@ -141,7 +143,7 @@ class Process:
     def see(self, event: Mapping[str, Any]) -> None:
         """Take note of one of the process's own events."""
         at = event["at"]
-        self.speaks = True
+        self.has_events = True
         self.first_at = min(self.first_at, at)
         self.last_at = max(self.last_at, at)
         pool = cleaned(event["pool"])
@@ -171,20 +173,20 @@ class Processes:
     def __init__(self) -> None:
         self.all: list[Process] = []
         self.others = Process(0, 1, 0.0)
-        """All for which there was no room, as one."""
+        """All processes for which there was no room, as one."""
         self.left_out = 0
         """How many forked processes are counted in `others`."""
         self.connections: dict[str, Connection] = {}
-        """By id, the newest where one was used again."""
+        """By id; the newest if an id was used again."""
         self._by_pid: dict[int, list[Process]] = {}
         self._last_left_out = (0, 0.0)
-        # In the order in which they were met, and in which they were over.
+        # In the order in which they were first seen, and in which they were closed.
         self._open: OrderedDict[Connection, None] = OrderedDict()
         self._over: OrderedDict[Connection, None] = OrderedDict()
 
     def __iter__(self) -> Iterator[Process]:
         yield from self.all
-        if self.others.speaks:
+        if self.others.has_events:
             yield self.others
 
     def roots(self) -> list[Process]:
@@ -226,7 +228,7 @@ class Processes:
         return process
 
     def connection(self, event: Mapping[str, Any]) -> Connection:
-        """Return the connection that the event is of, whoever tells it."""
+        """Return the connection of an event, whichever process logged it."""
         connection_id = event["connection_id"]
         opened_at = moment(event["opened_at"])
         newest = self.connections.get(connection_id)
@@ -246,13 +248,13 @@ class Processes:
         if newest is None or newest.opened_at < opened_at:
             self.connections[connection_id] = connection
             if newest is not None and newest in self._open:
-                self._over[newest] = self._open.pop(newest)  # its process is no more
+                self._over[newest] = self._open.pop(newest)  # its process has ended
         if len(self._open) + len(self._over) > MOST_CONNECTIONS:
             self._forget(next(iter(self._over or self._open)))
         return connection
 
     def close(self, connection: Connection, at: float, reason: str) -> None:
-        """Note that a connection's life is over."""
+        """Note that a connection was closed."""
         if connection.closed_at is None:
             connection.closed_at, connection.closed_reason = at, reason
         if connection in self._open:
@@ -282,13 +284,13 @@ class Processes:
         return process
 
     def _count_left_out(self, pid: int, at: float) -> None:
-        # One process tells of its start several times in a row: for each pool and each connection.
+        # A process logs its start several times in a row: for each pool and each connection.
         last_pid, last_at = self._last_left_out
         self.left_out += pid != last_pid or abs(at - last_at) > _AT_ONCE
         self._last_left_out = pid, at
 
     def _forget(self, connection: Connection) -> None:
-        """Go on with no more than the sums of a connection."""
+        """Keep no more than the sums of a connection."""
         process = connection.process
         process.left_out.add(connection)
         process.connections_left_out += 1

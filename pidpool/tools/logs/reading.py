@@ -1,5 +1,5 @@
 """Reads event logs: JSON lines from files, gzipped or not, and from pipes; several at once in the order of
-their events; and, where they are followed, on through rotation and truncation.
+their events. A followed log is read on through rotation and truncation.
 
 Made for big logs: lines are parsed a chunk at a time, and no more than a chunk of each file is in memory.
 """
@@ -21,10 +21,10 @@ CHUNK = 1 << 19
 """Bytes that are read and parsed at a time."""
 
 CHUNKS = 1 << 22
-"""Bytes that are read of all logs together, where there are many."""
+"""Bytes that are read of all logs together at a time, if there are many."""
 
 LONGEST_LINE = 1 << 22
-"""Bytes; what is longer is no event."""
+"""Bytes; a longer line is no event."""
 
 LOOK_AGAIN = 0.2
 """Seconds between two looks at a followed file."""
@@ -41,7 +41,7 @@ class Source:
     """One log, read from its beginning.
 
     :param path: a file's path, or ``-`` for the standard input.
-    :param follow: whether what is written to it later is wanted as well. A pipe is then never waited for.
+    :param follow: whether to read on what is written later. A pipe is then never waited for.
     :param chunk: bytes to read at a time.
     :raises Unreadable: if it can't be opened.
     """
@@ -53,9 +53,9 @@ class Source:
         self.foreign = 0
         """Lines that can't be events of pidpool, blank ones not counted."""
         self.position = 0
-        """Bytes read of the file, compressed ones where it is compressed."""
+        """Bytes read of the file; of a compressed file, compressed ones."""
         self.over = False
-        """Whether nothing more can come."""
+        """Whether the log has no further events."""
         try:
             self._fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -75,7 +75,7 @@ class Source:
         self._raw = b""  # read and not yet decompressed
         self._rest = b""  # the beginning of a line whose end was not read yet
         self._skipping = False
-        self._last = b""  # what was read last: still there unless the file was written anew
+        self._last = b""  # the last bytes read: still in place unless the file was truncated
 
     def fileno(self) -> int:
         """Return its descriptor."""
@@ -89,7 +89,7 @@ class Source:
             self.over = True
 
     def read(self) -> list[Any] | None:
-        """Return what was parsed of the next chunk, which may be nothing; None where there is no more now.
+        """Return the events of the next chunk, perhaps none; None if there is no chunk at present.
 
         :raises Unreadable: if the file turns out to be broken.
         """
@@ -103,13 +103,13 @@ class Source:
         return self.finish() or None
 
     def finish(self) -> list[Any]:
-        """Return what is in a last line without an end; nothing more is read then."""
+        """Close the log and return the event of a last line without a line feed, if there is one."""
         rest, self._rest = self._rest, b""
         self.close()
         return self._parse([rest]) if rest.strip() and not self._skipping else []
 
     def was_replaced(self) -> bool:
-        """Return whether there is another file of that name by now."""
+        """Return whether another file has the log's name now."""
         if not self.regular or self._gunzip is not None:
             return False
         try:
@@ -119,7 +119,7 @@ class Source:
         return (status.st_dev, status.st_ino) != self.identity
 
     def begin_again_if_truncated(self) -> None:
-        """Go back to the beginning if the file was cut since the last look, and maybe written to again."""
+        """Go back to the beginning if the file was truncated since the last read, even if it grew again."""
         if self.over or not self.regular or self._gunzip is not None:
             return
         start = self.position - len(self._last)
@@ -134,7 +134,7 @@ class Source:
     # -- bytes
 
     def _chunk(self) -> bytes | None:
-        """Return the next bytes, decompressed; none at the end, None where a pipe has none at present."""
+        """Return the next bytes, decompressed; b"" at the end, None if a pipe has none at present."""
         while True:
             if self._gunzip is None:
                 raw = self._more()
@@ -172,8 +172,8 @@ class Source:
 
     def _broken(self, why: str) -> str:
         return (
-            f"{self.name} is broken as a gzip file near byte {self.position:,} ({why}); what can be "
-            f"read of it: gzip -dc {self.path} | pidpool logs -"
+            f"{self.name} is broken as a gzip file near byte {self.position:,} ({why}); to read it "
+            f"up to there: gzip -dc {self.path} | pidpool logs -"
         )
 
     def _more(self) -> bytes | None:
@@ -207,7 +207,7 @@ class Source:
         return self._parse(lines)
 
     def _parse(self, lines: list[bytes]) -> list[Any]:
-        # Every event has a pid: what has none needn't be parsed.
+        # Every event has a pid: a line without one needn't be parsed.
         wanted = [line for line in lines if b'"pid"' in line]
         if len(wanted) != len(lines):
             blank = sum(not line.strip() for line in lines)
@@ -215,8 +215,8 @@ class Source:
             self.foreign += len(lines) - len(wanted) - blank
         self.lines += len(lines)
         try:
-            # All at once, which takes a third of the time less. With line feeds between them, which no
-            # JSON string may hold, so that a broken line can't reach into the next one.
+            # All at once, which takes two thirds of the time. No JSON string may hold a line feed, so a
+            # broken line can't reach into the next one.
             events: list[Any] = json.loads("[" + b"\n,\n".join(wanted).decode() + "]")
             if len(events) == len(wanted):
                 return events
@@ -235,12 +235,12 @@ def _event(line: bytes) -> Any:
     try:
         return json.loads(line)
     except UnicodeDecodeError:
-        # A field of the user's in another encoding must not make a leak go unseen.
+        # A leak is shown even if a field of the user's is in another encoding.
         return json.loads(line.decode(errors="replace"))
 
 
 def open_all(paths: Sequence[str], follow: bool = False) -> list[Source]:
-    """Open the logs, each once, even if it was named twice.
+    """Open the logs; one that is named twice is opened once.
 
     :raises Unreadable: if one can't be opened.
     """
@@ -254,7 +254,7 @@ def open_all(paths: Sequence[str], follow: bool = False) -> list[Source]:
 
 
 def merged(sources: Sequence[Source]) -> Iterator[list[Any]]:
-    """Yield all events there are, some at a time, in the order of their ``at`` where there are several logs.
+    """Yield all events, some at a time; those of several logs in the order of their ``at``.
 
     Each log is taken to be in that order itself, more or less.
     """
@@ -294,7 +294,7 @@ def _times(events: list[Any]) -> list[float]:
         at = event.get("at") if type(event) is dict else None
         if type(at) is float or type(at) is int:
             last = at
-        times.append(last)  # what has no time stays with what was before it
+        times.append(last)  # an event without a time stays behind the one before it
     return times
 
 
@@ -309,7 +309,7 @@ class Followed:
         self._retired: dict[str, Source] = {}
 
     def news(self, stopped: Callable[[], bool]) -> Iterator[list[Any]]:
-        """Yield what was written since the last look, until there is nothing left to follow or `stopped`.
+        """Yield the events written since the last look, until all logs have ended or `stopped` returns true.
 
         :raises Unreadable: if a log was replaced by one that can't be read.
         """
@@ -327,12 +327,12 @@ class Followed:
 
     def _news_of(self, source: Source) -> list[Any]:
         source.begin_again_if_truncated()
-        # Looked at first: what is written before a rotation is read after it.
+        # Checked first: then the events written before a rotation are read below, after it.
         replaced = source not in self._retired.values() and source.was_replaced()
         events = _all_of(source)
         if not replaced:
             return events
-        # The old file is kept open up to the next rotation: writers go on with it until they are told.
+        # The old file is kept open up to the next rotation: writers go on with it until they reopen the log.
         oldest = self._retired.pop(source.path, None)
         if oldest is not None:
             events += oldest.finish()
@@ -352,7 +352,7 @@ def _all_of(source: Source) -> list[Any]:
 
 def _why(path: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
-        return f"{path}: there is no such file; pidpool logs reads JSON lines, and - is the standard input"
+        return f"{path}: there is no such file; name a log of JSON lines, or - for the standard input"
     if isinstance(error, PermissionError):
         return (
             f"{path}: no permission to read it as uid {os.geteuid()}; read it as its owner or change its mode"

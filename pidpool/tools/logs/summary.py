@@ -1,48 +1,48 @@
 """The summary of a log: what every event adds to it, in memory that doesn't grow with the log.
 
-Sums are exact. What is kept one by one (leaks, timeouts, the longest waits and holds) is bounded, and
-how much was left out is counted.
+Sums are exact. Leaks, timeouts, the longest waits and holds are kept one by one up to a bound; those left out
+are counted.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from pidpool.terms import OPEN_STATES, SOCKET_ACTIONS
+from pidpool.terms import OPEN_STATES, SOCKET_ACTIONS, StateAtFork, Trigger
 from pidpool.tools.logs.clean import cleaned, own_fields
 from pidpool.tools.logs.findings import (
     Event,
+    ForkLine,
     Leak,
     Longest,
     OverMaximum,
     Place,
     Timeout,
-    UnheardFork,
     Wait,
+    fork_line_of,
 )
 from pidpool.tools.logs.processes import Connection, Process, Processes, moment, name_of, seconds, whole
+from pidpool.tools.logs.unmatched import UnmatchedFork, UnmatchedForks
 
 MOST_LEAKS = 10_000
 """Leaks that are kept one by one; those with an open transaction have as many places of their own."""
 
 MOST_TIMEOUTS = 1_000
 MOST_PLACES = 1_000
-"""Lines of code that are kept apart of the overdue checkouts."""
+"""Lines of code whose overdue checkouts, and whose leaks, are kept apart."""
 
-_SAME_FORK = 1.0
-"""Seconds that the parent's and the child's time of one fork may lie apart."""
+_MOST_OVER_MAXIMUM = 100
 
-_MOST_HEARD = 100
+_HOOK: Trigger = "hook"
 
 _FAILED = (KeyError, TypeError, ValueError, OverflowError)
 
 
 class Summary:
-    """What a log tells of the processes, their connections and their leaks.
+    """What a log says of the processes, their connections and their leaks.
 
-    Takes events in the order of their ``at``; small disorder (threads, events that were told late) does
+    Takes events in the order of their ``at``; small disorder (threads, events that were logged late) does
     no harm. Not safe to use from several threads at once.
 
     :param longest: how many of the longest waits and holds are kept.
@@ -59,17 +59,15 @@ class Summary:
         self.holds = Longest(longest)
         self.leaks: list[Leak] = []
         self.leaks_left_out = 0
-        self.leaks_by_state: dict[str, int] = {}
+        self.leaks_by_state: dict[StateAtFork, int] = {}
         self.leaks_by_action: dict[str, int] = {}
-        self.unheard_left_out = UnheardFork(0.0, self.processes.others, None)
-        """The sums of those unheard forks for which there was no room."""
-        self._unheard: dict[tuple[Process, str | None], list[UnheardFork]] = {}
-        self._unheard_kept = 0
-        self._heard: dict[tuple[Process, str | None], list[float]] = {}
+        self._fork_lines: dict[str | None, ForkLine] = {}
+        """Without the unmatched forks."""
+        self.unmatched = UnmatchedForks(self.processes.others)
         self.timeouts: deque[Timeout] = deque(maxlen=MOST_TIMEOUTS)
         """The newest."""
         self.timed_out = 0
-        self.over_maximum: deque[OverMaximum] = deque(maxlen=_MOST_HEARD)
+        self.over_maximum: deque[OverMaximum] = deque(maxlen=_MOST_OVER_MAXIMUM)
         """The newest."""
         self.places: dict[str | None, Place] = {}
         self.elsewhere = Place(None, 0.0)
@@ -81,6 +79,7 @@ class Summary:
         self._kept_leaks = {True: 0, False: 0}  # by Leak.open
         self._takes: dict[str, Callable[[Event], None]] = {
             "connection.opened": self._opened,
+            "connection.failed": self._connect_failed,
             "connection.checked_out": self._checked_out,
             "connection.checked_in": self._checked_in,
             "connection.invalidated": self._invalidated,
@@ -100,18 +99,24 @@ class Summary:
     @property
     def open_leaks(self) -> int:
         """How many connections with an open transaction, or perhaps one, crossed a fork."""
-        told = sum(self.leaks_by_state.get(state, 0) for state in OPEN_STATES)
-        return told + sum(fork.in_transaction for fork in (*self.unheard_forks(), self.unheard_left_out))
+        known = sum(self.leaks_by_state.get(state, 0) for state in OPEN_STATES)
+        return known + self.unmatched.in_transaction
 
     @property
     def crossed(self) -> int:
         """How many connections crossed a fork."""
-        unheard = (*self.unheard_forks(), self.unheard_left_out)
-        return sum(self.leaks_by_state.values()) + sum(fork.idle + fork.checked_out for fork in unheard)
+        return sum(self.leaks_by_state.values()) + self.unmatched.connections
 
-    def unheard_forks(self) -> list[UnheardFork]:
-        """Return the forks of which the child told nothing, oldest first."""
-        return sorted((fork for forks in self._unheard.values() for fork in forks), key=lambda fork: fork.at)
+    def fork_lines(self) -> list[ForkLine]:
+        """Return the lines of code that forked with connections open: those with most leaks first."""
+        found: dict[str | None, ForkLine] = {}
+        for line in self._fork_lines.values():
+            found.setdefault(line.line, ForkLine(line.line)).add(line.crossed, line.open)
+        for fork in (*self.unmatched.listed(), self.unmatched.left_out):
+            if fork.connections:
+                line = found.setdefault(fork.fork_line, ForkLine(fork.fork_line))
+                line.add(fork.connections, fork.in_transaction)
+        return sorted(found.values(), key=lambda line: (-line.open, -line.crossed, line.line or ""))
 
     def feed(self, events: Iterable[Event]) -> list[Event]:
         """Take events, and return those that are worth a line while a log is followed."""
@@ -129,7 +134,7 @@ class Summary:
                     notable.append(event)
         return notable
 
-    # -- the bulk: nothing is made here but where a connection is met first, or something is among the longest
+    # -- the bulk: creates an object only for a new connection, or for one of the longest waits and holds
 
     def _checked_out(self, event: Event) -> None:
         at, wait = event["at"], event["wait_time"]
@@ -163,7 +168,7 @@ class Summary:
         connection.last_use = use
         if use > self.holds.floor:
             self._hold(event, connection, use)
-        # What a finalizer held back is told late: the connection may be out again by then.
+        # A finalizer's checkin is logged late: the connection may already be out again.
         if connection.out_at is None or at >= connection.out_at:
             connection.out_at = None
             connection.last_at = connection.back_at = at
@@ -177,7 +182,7 @@ class Summary:
     # -- a connection's life
 
     def _own(self, event: Event) -> Connection:
-        """Return the connection of an event that its owner tells."""
+        """Return the connection of an event that its owner logged."""
         self._see_time(event)
         if event["pid"] != event["owner_pid"]:
             raise ValueError(event)
@@ -193,6 +198,12 @@ class Summary:
         process = connection.process
         process.opened += 1
         process.create_max = max(process.create_max, create_time)
+
+    def _connect_failed(self, event: Event) -> None:
+        seconds(event["create_time"])
+        error = name_of(event["error"])
+        failed = self._process_of(event).failed
+        failed[error] = failed.get(error, 0) + 1
 
     def _invalidated(self, event: Event) -> None:
         connection = self._own(event)
@@ -211,7 +222,7 @@ class Summary:
 
     def _timed_out(self, event: Event) -> None:
         wait = seconds(event["wait_time"])
-        process = self._teller(event)
+        process = self._process_of(event)
         process.timeouts += 1
         self.timed_out += 1
         timeout = Timeout(
@@ -229,13 +240,13 @@ class Summary:
     def _over_maximum(self, event: Event) -> None:
         numbers = [whole(event.get(name)) for name in ("processes", "maximum", "server_max_connections")]
         self.over_maximum.append(
-            OverMaximum(event["at"], self._teller(event), cleaned(event["pool"]), *numbers)
+            OverMaximum(event["at"], self._process_of(event), cleaned(event["pool"]), *numbers)
         )
 
     def _overdue(self, event: Event) -> None:
         held, place = seconds(event["held"]), self._place(event)
-        connection = self._of_teller(event)
-        process = self._teller(event) if connection is None else connection.process
+        connection = self._connection_of(event)
+        process = self._process_of(event) if connection is None else connection.process
         process.overdue += 1
         place.count += 1
         place.longest = max(place.longest, held)
@@ -243,18 +254,18 @@ class Summary:
         if connection is not None:
             connection.where = cleaned(event.get("where"))
             began = event["at"] - held
-            # The watch may tell of a checkout that came back in the same moment.
+            # A checkout may become overdue and come back in the same moment.
             if connection.out_at is None and (connection.back_at is None or connection.back_at < began):
                 connection.out_at = began
 
     def _returned_late(self, event: Event) -> None:
         use, place = seconds(event["use_time"]), self._place(event)
-        connection = self._of_teller(event)
-        process = self._teller(event) if connection is None else connection.process
+        connection = self._connection_of(event)
+        process = self._process_of(event) if connection is None else connection.process
         process.returned_late += 1
         place.longest = max(place.longest, use)
         if connection is None or connection.last_use == use:
-            return  # its checkin was told as well
+            return  # its checkin was logged as well
         if use > self.holds.floor:
             self._hold(event, connection, use)
         connection.out_at = None
@@ -271,67 +282,27 @@ class Summary:
     # -- forks
 
     def _forked(self, event: Event) -> None:
-        process, pool = self._teller(event), cleaned(event["pool"])
-        fork = UnheardFork(event["at"], process, pool)
+        process = self._process_of(event)
+        fork = UnmatchedFork(event["at"], process, cleaned(event["pool"]), fork_line_of(event))
         fork.add(*(_number(event[name]) for name in ("idle", "checked_out", "in_transaction")))
         process.forks += 1
-        key = process, pool if pool in process.pools else None
-        forks = self._unheard.setdefault(key, [])
-        forks.append(fork)
-        self._unheard_kept += 1
-        if self._unheard_kept > MOST_LEAKS:
-            self._settle(key)
-            # By halves, since one at a time would mean to look through all of them at each further fork.
-            # Never the newest, whose child may be about to be heard of.
-            half = len(forks) // 2
-            for oldest in forks[:half]:
-                self.unheard_left_out.add(oldest.idle, oldest.checked_out, oldest.in_transaction)
-            del forks[:half]
-            self._unheard_kept = sum(map(len, self._unheard.values()))
+        self.unmatched.add_fork(fork)
 
     def _adopted(self, event: Event) -> None:
         self._see_time(event)
-        at, pool = event["at"], cleaned(event["pool"])
+        at = event["at"]
         process = self.processes.begun(event["pid"], event["parent_pid"], at)
         process.see(event)
         process.trigger = name_of(event["trigger"])
         process.connects_in_flight = whole(event.get("connects_in_flight")) or 0
-        if process.trigger != "hook" or not _number(event["idle"]) + _number(event["checked_out"]):
-            return  # the parent tells nothing of such a fork
-        parent = self.processes.of(event["parent_pid"], at)
-        key = parent, pool if pool in parent.pools else None
-        heard = self._heard.setdefault(key, [])
-        heard.append(at)
-        if len(heard) >= _MOST_HEARD:
-            self._settle(key)
-            del heard[: -_MOST_HEARD // 2]
-
-    def _settle(self, key: tuple[Process, str | None]) -> None:
-        """Find the forks whose children were heard of: those nearest in time belong together.
-
-        Not told one by one as they come, since a parent tells of several forks at a time, and late.
-        """
-        forks, heard = self._unheard.get(key, []), self._heard.get(key, [])
-        forks.sort(key=lambda fork: fork.at)
-        times = [fork.at for fork in forks]
-        pairs = [
-            (abs(times[i] - at), i, number)
-            for number, at in enumerate(heard)
-            for i in range(bisect_left(times, at - _SAME_FORK), bisect_right(times, at + _SAME_FORK))
-        ]
-        forks_heard: set[int] = set()
-        matched: set[int] = set()
-        for _, i, number in sorted(pairs):
-            if i not in forks_heard and number not in matched:
-                forks_heard.add(i)
-                matched.add(number)
-        self._unheard_kept -= len(forks_heard)
-        forks[:] = [fork for i, fork in enumerate(forks) if i not in forks_heard]
-        heard[:] = [at for number, at in enumerate(heard) if number not in matched]
+        # Without the hook (a fork in C) or without an open connection the parent logs nothing.
+        if process.trigger == _HOOK and _number(event["idle"]) + _number(event["checked_out"]):
+            parent = self.processes.of(event["parent_pid"], at)
+            self.unmatched.add_adoption(parent, cleaned(event["pool"]), at)
 
     def _inherited(self, event: Event) -> None:
         self._see_time(event)
-        # The owner first: where the log does not tell who forked whom, it is taken for the parent.
+        # The owner first: if the log names no parent, the owner is taken for it.
         connection = self.processes.connection(event)
         if event["pid"] == event["owner_pid"]:
             raise ValueError(event)
@@ -342,6 +313,10 @@ class Summary:
         self.leaks_by_state[leak.state] = self.leaks_by_state.get(leak.state, 0) + 1
         action = leak.action if leak.action in SOCKET_ACTIONS else "other"
         self.leaks_by_action[action] = self.leaks_by_action.get(action, 0) + 1
+        line = leak.fork_line
+        if line not in self._fork_lines and len(self._fork_lines) >= MOST_PLACES:
+            line = None
+        self._fork_lines.setdefault(line, ForkLine(line)).add(1, leak.open)
         if self._kept_leaks[leak.open] >= MOST_LEAKS:
             self.leaks_left_out += 1
             return
@@ -352,11 +327,11 @@ class Summary:
             self._note_outcome(leak, early)
 
     def _replaced(self, event: Event) -> None:
-        self._teller(event).replaced += 1
+        self._process_of(event).replaced += 1
         self._find_leak(event)
 
     def _refused(self, event: Event) -> None:
-        self._teller(event).refused += 1
+        self._process_of(event).refused += 1
         if "connection_id" in event:
             self._find_leak(event)
 
@@ -366,7 +341,7 @@ class Summary:
         if leak is not None:
             self._note_outcome(leak, event)
         elif len(self._early) < MOST_LEAKS:
-            # A child tells what it inherited at its first use of the pool, which may be later than this.
+            # A child logs what it inherited at its first use of the pool, which may be later than this.
             early = self._early.setdefault(key, [])
             if len(early) < 2:
                 early.append(event)
@@ -379,17 +354,19 @@ class Summary:
             leak.replaced_by_server_pid = whole(event.get("by_server_pid"))
 
     def _disposed(self, event: Event) -> None:
-        self._teller(event).disposed += 1
+        self._process_of(event).disposed += 1
 
-    # -- who tells it
+    # -- the process and the connection of an event
 
-    def _teller(self, event: Event) -> Process:
+    def _process_of(self, event: Event) -> Process:
+        """Return the process that logged an event."""
         self._see_time(event)
         process = self.processes.of(event["pid"], event["at"])
         process.see(event)
         return process
 
-    def _of_teller(self, event: Event) -> Connection | None:
+    def _connection_of(self, event: Event) -> Connection | None:
+        """Return the connection of an event, if it names one."""
         return self._own(event) if "connection_id" in event else None
 
     def _see_time(self, event: Event) -> None:
@@ -401,13 +378,12 @@ class Summary:
 
     def finish(self) -> None:
         """Bring everything up to date, once all events were taken."""
-        for key in self._unheard:
-            self._settle(key)
+        self.unmatched.match()
         ends = [process.until() for process in self.processes]
         self.last_at = max([self.last_at, *ends])
 
     def not_returned(self) -> list[Connection]:
-        """Return the connections that were out when their process was last heard of, longest first."""
+        """Return the connections that were out at the last event of their process, longest first."""
         out = [
             (self.held(connection), connection.connection_id, connection)
             for process in self.processes
@@ -417,11 +393,11 @@ class Summary:
         return [connection for *_, connection in sorted(out, key=lambda each: each[:2], reverse=True)]
 
     def held(self, connection: Connection) -> float:
-        """Return for how long a connection had been out when its process was last heard of, in seconds."""
-        return 0.0 if connection.out_at is None else max(0.0, self.heard(connection) - connection.out_at)
+        """Return for how many seconds a connection had been out at the last event of its process."""
+        return 0.0 if connection.out_at is None else max(0.0, self._out_until(connection) - connection.out_at)
 
-    def heard(self, connection: Connection) -> float:
-        """Return the time up to which a connection that is out is taken to have been out."""
+    def _out_until(self, connection: Connection) -> float:
+        """Return the time up to which a connection that was not returned is taken to have been out."""
         newest = self.processes.connections.get(connection.connection_id)
         # If another process has the pid already, this one has ended at a time that the log does not give.
         return connection.process.until() if newest is not connection else self.last_at
@@ -435,6 +411,7 @@ def _number(value: object) -> int:
 
 NOTABLE = frozenset(
     [
+        "connection.failed",
         "connection.inherited",
         "connection.replaced",
         "connection.refused",

@@ -1,13 +1,13 @@
-"""The summary for a terminal, readable at 80 columns: what is wrong first, then who did what.
+"""The summary for a terminal, readable at 80 columns: what is wrong first, then the processes.
 
-What is printed of a log has been through clean.py; it is never taken for rich's markup.
+Every value of a log has been through clean.py, and is never taken for rich's markup.
 """
 
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -15,19 +15,22 @@ from rich.padding import Padding
 from rich.text import Text
 from rich.tree import Tree
 
+from pidpool.terms import OPEN_STATES
 from pidpool.tools.logs.clean import cleaned
 from pidpool.tools.logs.document import foreign, places, totals
-from pidpool.tools.logs.findings import Leak, Longest, UnheardFork
+from pidpool.tools.logs.findings import Leak, Longest
 from pidpool.tools.logs.processes import Connection, Process
 from pidpool.tools.logs.reading import Source
 from pidpool.tools.logs.summary import Summary
+from pidpool.tools.logs.unmatched import UnmatchedFork
 from pidpool.tools.text import clock, count, day, duration
-from pidpool.tools.tree import walk
+from pidpool.tools.tree import breadth_first, walk
 
 MOST_PROCESSES = 40
 MOST_CONNECTIONS = 5
 """Of one process."""
 MOST_LEAKS = 20
+MOST_FORK_LINES = 10
 
 _HEADING = "bold"
 _FAINT = "dim"
@@ -69,12 +72,12 @@ def _facts(summary: Summary, sources: Sequence[Source]) -> Text:
     others = foreign(summary, sources)
     text = Text.assemble((cleaned(files) or "", _HEADING), f": {count(summary.events, 'event')}")
     if others:
-        text.append(f", {count(others, 'line')} of something else")
+        text.append(f", {count(others, 'other line')}")
     text.append("\n")
     if summary.first_at is None:
         text.append(
             "No events of pidpool. They are read as JSON lines (structlog's JSONRenderer);\n"
-            "checkouts are told at level DEBUG, forks and connections at INFO.",
+            "checkouts are logged at level DEBUG, forks and connections at INFO.",
             _WARN,
         )
         return text
@@ -99,7 +102,7 @@ def _heading(console: Console, title: str, style: str = _HEADING) -> None:
 def _indented(console: Console, text: Text) -> None:
     for line in text.split("\n"):
         spaces = len(line.plain) - len(line.plain.lstrip())
-        # As padding, so that what has to be wrapped stays indented.
+        # As padding, so that wrapped lines stay indented.
         console.print(Padding(line[spaces:], (0, 0, 0, 2 + spaces)))
 
 
@@ -116,27 +119,46 @@ def _print_leaks(console: Console, summary: Summary) -> None:
         _heading(console, f"{title}, {unsafe:,} with an open transaction", _BAD)
     else:
         _heading(console, f"{title}, none with an open transaction")
-    found: list[Leak | UnheardFork] = [*summary.leaks, *summary.unheard_forks()]
+    found: list[Leak | UnmatchedFork] = [*summary.leaks, *summary.unmatched.listed()]
     found.sort(key=lambda each: (not each.open, each.at))
     for each in found[:MOST_LEAKS]:
-        _indented(console, _leak(each, summary) if isinstance(each, Leak) else _unheard(each, summary))
+        _indented(console, _leak(each, summary) if isinstance(each, Leak) else _unmatched(each, summary))
     more = max(0, len(found) - MOST_LEAKS) + summary.leaks_left_out
     if more:
         states = ", ".join(f"{number:,} {state}" for state, number in sorted(summary.leaks_by_state.items()))
         _indented(console, Text(f"and {more:,} more (see --json); by state: {states}", _FAINT))
+    _print_fork_lines(console, summary)
 
 
-def _unheard(fork: UnheardFork, summary: Summary) -> Text:
+def _print_fork_lines(console: Console, summary: Summary) -> None:
+    lines = summary.fork_lines()
+    if not any(line.line for line in lines):
+        return
+    _heading(console, "Connections that crossed a fork, by the line that forked")
+    for line in lines[:MOST_FORK_LINES]:
+        text = Text(f"{line.crossed:>9,}×")
+        if line.open:
+            text.append(f"  {line.open:,} with an open transaction", _BAD)
+        called = (line.line or "an unknown line").replace(" < ", f"\n{'':12}called at ")
+        _indented(console, text.append(f"\n{'':12}{called}"))
+    _print_rest(console, len(lines) - MOST_FORK_LINES)
+
+
+def _unmatched(fork: UnmatchedFork, summary: Summary) -> Text:
     text = Text.assemble(
         (clock(fork.at, summary.first_at), _FAINT),
-        f"  pid {fork.owner.id} → a child that told nothing",
+        f"  pid {fork.owner.id} → a child without events",
         (f"  {fork.pool}" if fork.pool else "", _FAINT),
         "\n  ",
     )
-    others = [(fork.checked_out - fork.in_transaction, "no transaction"), (fork.idle, "idle")]
-    said = [(f"{fork.in_transaction:,} in transaction", _BAD)] if fork.in_transaction else []
-    said += [(f"{number:,} {state}", "") for number, state in others if number]
-    return text.append_text(Text("; ").join(Text(*each) for each in said))
+    states = [
+        Text(f"{number:,} {state}", _BAD if state in OPEN_STATES else "")
+        for state, number in fork.by_state().items()
+    ]
+    text.append_text(Text("; ").join(states))
+    if fork.fork_line is not None:
+        text.append(f"\n  forked at {_nearest(fork.fork_line)}")
+    return text
 
 
 def _leak(leak: Leak, summary: Summary) -> Text:
@@ -151,7 +173,14 @@ def _leak(leak: Leak, summary: Summary) -> Text:
     )
     if leak.where is not None:
         text.append(f"\n  checked out at {leak.where}")
+    if leak.fork_line is not None:
+        text.append(f"\n  forked at {_nearest(leak.fork_line)}")
     return _with_fields(text, leak.fields, "\n  ")
+
+
+def _nearest(fork_line: str) -> str:
+    """Return the line that forked, without its callers."""
+    return fork_line.partition(" < ")[0]
 
 
 # -- processes
@@ -159,25 +188,31 @@ def _leak(leak: Leak, summary: Summary) -> Text:
 
 def _print_processes(console: Console, summary: Summary) -> None:
     _heading(console, "Processes")
-    shown = 0
-    trees: list[Tree] = []
-    line: list[Tree] = []  # from the root down to the process before
-    for place, process in islice(walk(summary.processes.roots(), Process.children_by_age), MOST_PROCESSES):
-        shown += 1
+    roots = summary.processes.roots()
+    shown = set(breadth_first(roots, Process.children_by_age, MOST_PROCESSES))
+    trees: dict[Process, Tree] = {}
+    hidden: Counter[Process | None] = Counter()  # by the nearest ancestor that is shown
+    nearest: dict[Process, Process | None] = {}
+    for _, process in walk(roots, Process.children_by_age):
+        parent = process.parent
+        if process not in shown:
+            nearest[process] = nearest.get(parent, parent) if parent else None
+            hidden[nearest[process]] += 1
+            continue
         name = _process(process, summary)
-        depth = len(place)
-        if depth:
-            tree = line[depth - 1].add(name)
-        else:
-            tree = Tree(name, guide_style=_FAINT)
-            trees.append(tree)
-        line[depth:] = [tree]
-        _add_connections(tree, process, summary)
-    for tree in trees:
-        console.print(Padding(tree, (0, 0, 0, 2)))
-    left = len(summary.processes.all) - shown + summary.processes.left_out
-    if left > 0:
-        _indented(console, Text(f"and {count(left, 'process', 'processes')} more (see --json)", _FAINT))
+        trees[process] = Tree(name, guide_style=_FAINT) if parent is None else trees[parent].add(name)
+        _add_connections(trees[process], process, summary)
+    for process, tree in trees.items():
+        if hidden[process]:
+            tree.add(Text(f"and {count(hidden[process], 'more process', 'more processes')}", _FAINT))
+    for root in roots:
+        if root in trees:
+            console.print(Padding(trees[root], (0, 0, 0, 2)))
+    if hidden[None]:
+        _indented(console, Text(f"and {count(hidden[None], 'more process', 'more processes')}", _FAINT))
+    total = len(summary.processes.all) + summary.processes.left_out
+    if total > len(shown):
+        _indented(console, Text(f"{len(shown):,} of {total:,} processes are shown (see --json)", _FAINT))
 
 
 def _process(process: Process, summary: Summary) -> Text:
@@ -185,7 +220,7 @@ def _process(process: Process, summary: Summary) -> Text:
     if process.adopted_at is not None:
         noticed = f" (noticed by {process.trigger})" if process.trigger else ""
         text.append(f"  forked {clock(process.adopted_at, summary.first_at)}{noticed}")
-    if not process.speaks:
+    if not process.has_events:
         text.append("  no events of its own", _FAINT)
         return text
     if process.pools:
@@ -208,7 +243,8 @@ def _process(process: Process, summary: Summary) -> Text:
     if process.inherited:
         states = ", ".join(f"{number:,} {state}" for state, number in process.inherited.items())
         harm.append(f"inherited {states}")
-    for number, what in (
+    for number, word in (
+        *((number, f"connects failed ({error})") for error, number in process.failed.items()),
         (process.replaced, "replaced"),
         (process.refused, "refused"),
         (process.invalidations, "invalidated"),
@@ -217,7 +253,7 @@ def _process(process: Process, summary: Summary) -> Text:
         (process.connects_in_flight, "connects in flight at the fork"),
     ):
         if number:
-            harm.append(f"{number:,} {what}")
+            harm.append(f"{number:,} {word}")
     if harm:
         text.append("\n" + "; ".join(harm), _WARN)
     return text
@@ -248,7 +284,7 @@ def _connection(connection: Connection, summary: Summary) -> Text:
     return text
 
 
-# -- what took long
+# -- waits, holds, timeouts
 
 
 def _print_longest(console: Console, summary: Summary, title: str, longest: Longest, top: int) -> None:
@@ -320,13 +356,13 @@ def _print_overdue(console: Console, summary: Summary, top: int) -> None:
     total = sum(place.count for place in found) + summary.elsewhere.count
     if not found:
         return
-    _heading(console, f"{count(total, 'checkout')} overdue, by where they were made", _WARN)
+    _heading(console, f"{count(total, 'checkout')} overdue, by the line that made them", _WARN)
     for place in found[:top]:
         _indented(
             console,
             Text(
                 f"{place.count:>9,}×  longest {duration(place.longest)}, limit {duration(place.hold_warning)}"
-                f"\n{'':12}{place.where or 'an unknown place'}"
+                f"\n{'':12}{place.where or 'an unknown line'}"
             ),
         )
     _print_rest(console, len(found) - top)
@@ -347,18 +383,19 @@ def _or_unknown(value: object) -> str:
     return "?" if value is None else str(value)
 
 
-# -- while it is followed
+# -- while a log is followed
 
 _SHOWN: Mapping[str, Iterable[str]] = {
-    "connection.inherited": ("owner_pid", "state", "action", "where"),
+    "connection.failed": ("error", "create_time"),
+    "connection.inherited": ("owner_pid", "state", "action", "where", "forked_at"),
     "connection.replaced": ("owner_pid", "by"),
     "connection.refused": ("owner_pid", "state"),
     "connection.invalidated": ("soft", "error"),
     "checkout.timed_out": ("wait_time", "size", "overflow", "checked_out"),
     "checkout.overdue": ("held", "where"),
     "checkout.returned_late": ("use_time", "where"),
-    "pool.forked": ("idle", "checked_out", "in_transaction"),
-    "pool.adopted": ("parent_pid", "trigger", "idle", "checked_out", "in_transaction"),
+    "pool.forked": ("idle", "checked_out", "in_transaction", "forked_at"),
+    "pool.adopted": ("parent_pid", "trigger", "idle", "checked_out", "in_transaction", "forked_at"),
     "pool.over_maximum": ("processes", "maximum", "server_max_connections"),
 }
 

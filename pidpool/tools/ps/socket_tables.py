@@ -1,4 +1,4 @@
-"""The kernel's tables of sockets, read and nothing more: TCP from /proc/PID/net, unix sockets with their
+"""The kernel's tables of sockets, read-only: TCP from /proc/PID/net, unix sockets with their
 peers from the kernel's socket diagnostics (as ``ss -x`` does). Linux only.
 """
 
@@ -18,7 +18,7 @@ _ESTABLISHED, _LISTEN = 0x01, 0x0A  # include/net/tcp_states.h
 
 @dataclass(frozen=True)
 class TcpSocket:
-    """One socket of a network namespace. Addresses are IPv4 where IPv6 only wraps an IPv4 one."""
+    """One socket of a network namespace. An IPv4 address that IPv6 wraps is given as IPv4."""
 
     inode: int
     local: Endpoint
@@ -100,7 +100,7 @@ _SECONDS = 5.0
 def dump_unix() -> dict[int, UnixSocket]:
     """Return the unix sockets of this process's own network namespace by inode.
 
-    :raises OSError: if the kernel does not tell, for lack of ``unix_diag`` or in a sandbox.
+    :raises OSError: if the kernel does not answer: it lacks ``unix_diag``, or a sandbox forbids it.
     """
     query = _QUERY.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW_NAME_AND_PEER, 0xFFFFFFFF, 0xFFFFFFFF)
     request = _HEADER.pack(_HEADER.size + len(query), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0) + query

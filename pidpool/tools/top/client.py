@@ -1,5 +1,5 @@
-"""Asks a stats endpoint for its ``stats.json``, and tells from two answers how fast things happen. Knows
-what the endpoint says, nothing of how it comes to say it.
+"""Fetches the ``stats.json`` of a stats endpoint, and computes rates from two answers. Depends on the format
+of the answer alone, not on the endpoint's code.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from pidpool.stats.snapshots import BOUNDS, quantile
 
 TIMEOUT = 5.0
-"""Seconds that an answer may take."""
+"""Seconds that each wait for the endpoint may last."""
 
 _LARGEST = 64 << 20
 
 
 class StatsUnavailable(Exception):
-    """The endpoint gave no stats; the text says why, and what to do."""
+    """The endpoint gave no stats; the text says why, with a remedy."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """The counters of a process or a family as far as they are shown; they only ever grow."""
+    """The counters of a process or a family that are shown; they only grow."""
 
     opened: int
     checkouts: int
@@ -44,7 +44,7 @@ class Tally:
 
     @classmethod
     def read(cls, counters: Mapping[str, Any]) -> Tally:
-        """Take them from the JSON."""
+        """Read the counters from the JSON."""
         names = ("opened", "checkouts", "timeouts", "forks", "severed", "kept", "replaced", "refused")
         return cls(
             **{name: int(counters[name]) for name in names},
@@ -72,7 +72,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Family:
-    """A pool as all its processes have it."""
+    """One pool in all its processes."""
 
     pool: str
     taken_at: float
@@ -97,11 +97,11 @@ class Family:
 def stats_url(url: str) -> str:
     """Return the address of the ``stats.json`` that belongs to an endpoint's address.
 
-    :raises ValueError: if it is no address of HTTP.
+    :raises ValueError: if `url` is no address of HTTP.
     """
     complaint = f"{url!r} is no address of HTTP; give one like http://127.0.0.1:9432/"
     if "@" in url.partition("?")[0]:  # not shown: a password may stand before it
-        raise ValueError("a stats endpoint takes no user and password; leave out what is before the @")
+        raise ValueError("a stats endpoint takes no user and password; leave out the part up to the @")
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
@@ -113,14 +113,14 @@ def stats_url(url: str) -> str:
 
 
 def fetch(url: str, token: str | None) -> list[Family]:
-    """Return what the endpoint tells, one family for each pool. Blocks for `TIMEOUT` at the most.
+    """Return the endpoint's stats, one family for each pool. Each wait for the network ends after `TIMEOUT`.
 
     :param url: as `stats_url` returns it.
-    :raises StatsUnavailable: if there is no answer, or another one.
+    :raises StatsUnavailable: if there is no answer, or one without stats.
     """
     request = urllib.request.Request(url, headers={"Accept": "application/json"})
     if token:
-        # Not to be handed on to wherever a redirect may lead.
+        # A redirect may lead to another server, which must not get the token.
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
@@ -139,12 +139,11 @@ def fetch(url: str, token: str | None) -> list[Family]:
     try:
         document = json.loads(body)
         bounds = document.get("bounds", BOUNDS)
-        # The endpoint gives a list of pools; who publishes one pool's stats by hand, that alone.
+        # The endpoint gives a list of pools; a page made with `to_dict()` of one pool is that pool alone.
         return [_family(each, bounds) for each in document.get("pools", [document])]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StatsUnavailable(
-            f"{url} answers with something else than pidpool's stats; give the address where serve_stats() "
-            "or StatsApp is"
+            f"the answer of {url} is not pidpool's stats; give the address of serve_stats() or StatsApp"
         ) from None
 
 
@@ -154,7 +153,7 @@ def _refusal(url: str, error: urllib.error.HTTPError, token: str | None) -> str:
             return f"{url} refuses the token (401); give the one that the application was started with"
         return f"{url} asks for a token (401); give it in PIDPOOL_TOKEN"
     if error.code == 404:
-        return f"there is no {url} (404); give the address where serve_stats() or StatsApp is"
+        return f"there is no {url} (404); give the address of serve_stats() or StatsApp"
     try:
         said = error.read(500).decode(errors="replace").strip().partition("\n")[0]
     except (OSError, HTTPException):
@@ -185,26 +184,26 @@ def _member(process: Mapping[str, Any]) -> Member:
 
 @dataclass(frozen=True)
 class Rates:
-    """What happened between two answers, or, if there was but one, ever since the start."""
+    """The counts of the time between two answers; if there was only one, of the time since the start."""
 
     seconds: float | None
-    """How long that was; None for ever since the start."""
+    """How long that time was; None for since the start."""
     checkouts: int
     opened: int
     timeouts: int
     wait_p99: float | None
-    """Seconds; 99 of 100 checkouts had their connection within that time. None if there were none."""
+    """Seconds within which 99 of 100 checkouts got their connection. None if there were no checkouts."""
     use_p99: float | None
 
     def per_second(self, count: int) -> float | None:
-        """Return a count as a rate, where there is one."""
+        """Return a count as a rate; None without a known time."""
         return count / self.seconds if self.seconds else None
 
 
 def rates(now: Tally, before: Tally | None, seconds: float | None, bounds: Sequence[float]) -> Rates:
     """Compare two tallies of the same process or family, taken `seconds` after each other.
 
-    Where the earlier one is missing or is of another life of that process, `now` counts alone.
+    If the earlier one is missing or is of another process with that pid, `now` counts alone.
     """
     if before is None or not seconds or seconds <= 0 or before.checkouts > now.checkouts:
         return Rates(
@@ -226,5 +225,5 @@ def rates(now: Tally, before: Tally | None, seconds: float | None, bounds: Seque
 
 
 def _difference(now: Sequence[int], before: Sequence[int]) -> list[int]:
-    # Read without a lock: a bucket may be a moment older than the one beside it.
+    # Counters are read without a lock: a bucket may be a moment older than its neighbour.
     return [max(0, new - old) for new, old in zip(now, before, strict=False)]

@@ -1,4 +1,4 @@
-"""The families that an endpoint tells of, as they are now. Read from memory: nothing here opens a
+"""The families of the engines that an export is for, as they are now. Read from memory: nothing here opens a
 connection, waits for one, or asks a server.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Families:
     """The families of some engines and pools.
 
-    :raises TypeError: as `checked`, and if there is none.
+    :raises TypeError: as `checked`, and if no engine or pool is given.
     """
 
     def __init__(self, sources: tuple[Source, ...]) -> None:
@@ -25,15 +25,15 @@ class Families:
             raise TypeError("give at least one engine or pool whose stats are to be shown")
         self._sources = [checked(source) for source in sources]
 
-    def now(self) -> list[FamilyStats]:
+    def snapshots(self) -> list[FamilyStats]:
         """Return a snapshot of each family; no two with the same name."""
         pools = {id(pool): pool for pool in map(pool_of, self._sources)}
-        names: dict[str, int] = {}
-        families = []
+        families: dict[str, FamilyStats] = {}
         for pool in pools.values():
             family = pool.family_stats()
-            count = names[family.pool] = names.get(family.pool, 0) + 1
-            if count > 1:  # two series of one name would cost Prometheus the whole scrape
-                family = dataclasses.replace(family, pool=f"{family.pool}#{count}")
-            families.append(family)
-        return families
+            name, number = family.pool, 1
+            while name in families:  # two series of one name would cost Prometheus the whole scrape
+                number += 1
+                name = f"{family.pool}#{number}"
+            families[name] = family if number == 1 else dataclasses.replace(family, pool=name)
+        return [*families.values()]

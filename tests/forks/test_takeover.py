@@ -1,0 +1,156 @@
+"""What a child finds when it takes over: pools that come and go, entries that were lost and found, and a call
+of the driver's that the fork fell into."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import sys
+import threading
+from typing import Any
+
+import pytest
+from engines import MakeEngine
+from forking import How, run_in_child
+from parent import Parent, server_pid
+from sqlalchemy import create_engine, text
+
+from pidpool import PidPool
+
+both_hows = pytest.mark.parametrize("how", ["python", "c"])
+
+
+@pytest.mark.usefixtures("clean_log")
+@pytest.mark.parametrize("inherited_sockets", ["sever", "keep"])
+def test_a_copy_in_flight_is_the_parents(
+    tls_url: str, make_engine: MakeEngine, inherited_sockets: str
+) -> None:
+    """The child unwinds the driver's call, and would end the COPY on its parent's socket."""
+    connection = make_engine(tls_url, inherited_sockets=inherited_sockets).raw_connection()
+    cursor = connection.cursor()
+    cursor.execute("select pg_backend_pid()")
+    pid_before = cursor.fetchone()
+    cursor.execute("create temp table copied (line text)")
+    parent = os.getpid()
+
+    class Lines(io.StringIO):
+        reads = 0
+
+        def read(self, size: int | None = -1) -> str:
+            self.reads += 1
+            if self.reads == 2:
+                child = os.fork()
+                if child == 0:
+                    raise ZeroDivisionError
+                assert os.waitpid(child, 0)[1] == 0
+            return "line\n" if self.reads < 4 else ""
+
+    try:
+        cursor.copy_expert("copy copied from stdin", Lines())
+    except BaseException:
+        if os.getpid() != parent:
+            os._exit(0)
+        raise
+    cursor.execute("select count(*), pg_backend_pid() from copied")
+    assert cursor.fetchone() == (3, *pid_before)  # type: ignore[misc]
+    connection.commit()
+    connection.close()
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+def test_kept_descriptors_of_connections_that_rest_are_left_alone(
+    tls_url: str, make_engine: MakeEngine
+) -> None:
+    parent = Parent(make_engine(tls_url, inherited_sockets="keep"), "in transaction")
+    stats = run_in_child(lambda: parent.engine.pool.stats().counters)  # type: ignore[attr-defined]
+    assert (stats.kept, stats.severed) == (1, 0)
+    parent.notices_nothing()
+
+
+@pytest.mark.usefixtures("table", "clean_log")
+def test_engines_come_and_go_in_other_threads_while_one_forks(
+    tls_url: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = Parent(make_engine(tls_url), "in transaction")
+    pool = parent.engine.pool
+    assert isinstance(pool, PidPool)
+    raised: list[Any] = []  # what an at-fork hook raises is only reported here
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: raised.append(report.exc_value))
+    ended = threading.Event()
+
+    def make_engines() -> None:
+        while not ended.is_set():
+            for _ in range(5):
+                assert create_engine("sqlite://", poolclass=PidPool).pool is not None
+
+    interval = sys.getswitchinterval()
+    makers = [threading.Thread(target=make_engines) for _ in range(2)]
+    kept = [create_engine("sqlite://", poolclass=PidPool).pool for _ in range(300)]
+    sys.setswitchinterval(1e-5)  # so that the threads come between the steps of a hook
+    try:
+        for maker in makers:
+            maker.start()
+        for _ in range(30):
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        for maker in makers:
+            maker.join(30)
+    assert not raised
+    assert pool.stats().counters.forks == 30
+    assert len(kept) == 300
+    parent.notices_nothing()
+
+
+@both_hows
+@pytest.mark.usefixtures("table", "clean_log")
+def test_an_entry_that_was_collected_in_a_cycle_is_inherited(
+    tls_url: str, make_engine: MakeEngine, how: How
+) -> None:
+    """Its checkout resurrects it: the garbage collector has taken it off every list by then."""
+    engine = make_engine(tls_url, pool_size=1, max_overflow=0, pool_timeout=5)
+    pool = engine.pool
+    assert isinstance(pool, PidPool)
+
+    def lose_in_a_cycle() -> None:
+        checkout = engine.connect().connection
+        checkout._connection_record.invalidate()  # type: ignore[attr-defined]
+        cycle: list[Any] = [checkout]
+        cycle.append(cycle)
+
+    lose_in_a_cycle()
+    gc.collect()
+    assert len(pool.records()) == pool.checkedin() == 1
+    parent = Parent(engine, "in transaction")
+    before = pool.stats()
+
+    def child() -> int:
+        parent.connection.invalidate()
+        assert (pool.checkedout(), pool.checkedin()) == (0, 0)
+        with engine.connect() as own:
+            pid = server_pid(own)
+        assert (pool.checkedout(), pool.checkedin()) == (0, 1)
+        parent.connection.close()
+        engine.dispose()
+        return pid
+
+    assert run_in_child(child, how=how) != parent.server_pid
+    after = pool.stats()
+    assert (after.counters.checkins, after.used) == (before.counters.checkins, before.used)
+    parent.notices_nothing()
+
+
+def test_a_negative_max_overflow_is_no_limit() -> None:
+    engine = create_engine(
+        "sqlite:///file:?mode=memory&uri=true", poolclass=PidPool, pool_size=1, max_overflow=-3
+    )
+    connections = [engine.connect() for _ in range(4)]
+    assert [connection.scalar(text("select 1")) for connection in connections] == [1, 1, 1, 1]
+    for connection in connections:
+        connection.close()
+    assert engine.pool.recreate()._max_overflow == -1  # type: ignore[attr-defined]
