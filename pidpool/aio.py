@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -19,15 +20,17 @@ class AsyncPidPool(AsyncIdleQueuePool, PidPool):
     the pool's newest connection closes what is to be closed.
     """
 
-    _loop: asyncio.AbstractEventLoop | None = None
+    _loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
 
     def start_idle_thread(self) -> None:
         """As PidPool's; also note the loop in which connections live."""
-        try:
-            self._loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self._loop = None
-        super().start_idle_thread()
+        if self.waits_in_turns:
+            try:
+                # Weak: a loop that has ended, and its transports, must not live on with the pool.
+                self._loop = weakref.ref(asyncio.get_running_loop())
+            except RuntimeError:
+                self._loop = None
+            super().start_idle_thread()
 
     def pause(self, seconds: float) -> None:
         """Let other tasks go on."""
@@ -35,5 +38,6 @@ class AsyncPidPool(AsyncIdleQueuePool, PidPool):
 
     def where_connections_may_be_closed(self, close: Callable[[], None]) -> None:
         """Have the loop call `close` when it runs next."""
-        if self._loop is not None and self._loop.is_running():
-            asyncio.run_coroutine_threadsafe(greenlet_spawn(close), self._loop)
+        loop = None if self._loop is None else self._loop()
+        if loop is not None and loop.is_running():
+            asyncio.run_coroutine_threadsafe(greenlet_spawn(close), loop)

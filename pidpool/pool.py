@@ -150,7 +150,7 @@ class PidPool(HookedQueuePool):
         self.pool_events = events or PoolEvents(
             options.get("logging_name"),
             logger,
-            Family(pool_size, -1 if unlimited else max_overflow, family, family_limit, hold_warning),
+            Family(pool_size, -1 if unlimited else max_overflow, hold_warning, family, family_limit),
             detection.mark_unreported,
             address_of(creator),
         )

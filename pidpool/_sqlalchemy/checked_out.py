@@ -131,10 +131,11 @@ class CheckedOutConnection(_ConnectionFairy):
         self.dbapi_connection.rollback()
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
-        if self.is_disowned():
-            self.let_go()
-        else:
+        if not self.is_disowned():
             super().invalidate(e, soft)
+        elif not soft:
+            self.let_go()
+        # A soft one has the next checkout recycle the connection: an inherited one has no next checkout.
 
     def detach(self) -> None:
         connection = self.dbapi_connection

@@ -110,7 +110,7 @@ class Budget:
         head, now = self._head, time.perf_counter_ns()
         if head[PERMITS_USED] >= self.limit and 0 <= now - head[RECKONED_AT] < _RECKON_EVERY:
             return None
-        if head[NEEDED_UNTIL] > now and len(self.held) >= self.share():
+        if head[NEEDED_UNTIL] > now and not self._has_less():
             return None  # it is for the process that has less
         taken: list[Permit] = []
 
@@ -147,11 +147,10 @@ class Budget:
         """Add up the permits of the processes that run; under the lock."""
         used = 0
         for block in self._family.blocks():
-            permits = block[PERMITS]
-            if not permits or block[ENDED]:
+            if block[ENDED] or not (block[PERMITS] or block[WANTING]):
                 continue
-            if block[PID] == self._pid or self._family.is_alive(block):
-                used += permits
+            if self._family.is_alive(block):
+                used += block[PERMITS]
             else:
                 block[ENDED] = 1
         self._head[PERMITS_USED] = used
@@ -160,11 +159,18 @@ class Budget:
     # -- wishes
 
     def share(self) -> int:
-        """Return how many permits each process has if all that have or want some have as many."""
+        """Return how many permits each process has if all that have or want some have as many.
+
+        0 if there are fewer permits than such processes: then each gives its permit back after each use.
+        """
         claiming = sum(
             not block[ENDED] and (block[PERMITS] or block[WANTING]) != 0 for block in self._family.blocks()
         )
         return self.limit // max(1, claiming)
+
+    def _has_less(self) -> bool:
+        """Return whether this process has less than its share, which is one permit at least."""
+        return len(self.held) < max(1, self.share())
 
     def begin_wish(self) -> None:
         """Count a thread of this process among those that want a permit."""
@@ -173,7 +179,7 @@ class Budget:
     def wish(self) -> None:
         """Say that a thread of this process wants a permit; to be repeated each `POLL` seconds."""
         head, now = self._head, time.perf_counter_ns()
-        if len(self.held) < self.share():
+        if self._has_less():
             head[NEEDED_UNTIL] = now + _HOLDS
         is_known = head[WANTED_UNTIL] > now + _HOLDS // 3
         if not is_known:

@@ -44,14 +44,14 @@ class ErrorTypes:
         """
         name = type(error).__name__.encode()[:_NAME_BYTES].decode(errors="ignore")
         names = self.names()
-        if name not in names and len(names) < MOST and self._lock.acquire(_WAIT):
-            try:
-                names = self.names()  # another process may have been first
-                if name not in names and len(names) < MOST:
-                    start = 8 + len(names) * _NAME_BYTES
-                    self._bytes[start : start + _NAME_BYTES] = name.encode().ljust(_NAME_BYTES, b"\0")
-                    self._cells[0] += 1  # last: this single write makes the name valid
-                    names.append(name)
-            finally:
-                self._lock.release()
+        if name not in names and len(names) < MOST:
+            self._lock.run(_WAIT, lambda: self._add(name))
+            names = self.names()
         return names.index(name) if name in names else MOST
+
+    def _add(self, name: str) -> None:
+        names = self.names()  # another process may have been first
+        if name not in names and len(names) < MOST:
+            start = 8 + len(names) * _NAME_BYTES
+            self._bytes[start : start + _NAME_BYTES] = name.encode().ljust(_NAME_BYTES, b"\0")
+            self._cells[0] += 1  # last: this single write makes the name valid

@@ -57,7 +57,7 @@ _NAMED_SLOTS = 129
 
 _BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS, _KEY = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 6)
 _BUDGET = _KEY + 1
-_ERROR_TYPES = LOCK_SIZE // 8 + 16
+_ERROR_TYPES = _BUDGET + budget.CELLS
 _DEPARTED = _ERROR_TYPES + error_types.CELLS
 """Two buffers for the sums of the departed. The low bit of the flip count selects the valid buffer. The next
 sums are made in the other buffer, so a process that is killed meanwhile has changed nothing."""
@@ -72,9 +72,6 @@ _BUFFER_CELLS = 3 + process_counters.cells_of_a_block(1)
 _FIRST_BLOCK = _DEPARTED + 2 * _BUFFER_CELLS
 
 
-assert _BUDGET + budget.CELLS <= _DEPARTED
-
-
 class Family:
     """The shared memory of one pool, in all processes that have it.
 
@@ -83,7 +80,7 @@ class Family:
 
     :param size: the pool's ``pool_size`` in this process.
     :param max_overflow: the pool's ``max_overflow`` in this process; -1 for no limit.
-    :param hold_warning: the pool's ``hold_warning`` in this process, in seconds; None for none.
+    :param hold_warning: the pool's ``hold_warning`` in this process, in seconds.
     :param name: the family's name, by which any process of the same user joins it. None: the family is this
         process and those that are forked from it.
     :param limit: how many connections the family may have open; None for no limit.
@@ -94,15 +91,16 @@ class Family:
         self,
         size: int,
         max_overflow: int,
+        hold_warning: float | None = None,
         name: str | None = None,
         limit: int | None = None,
-        hold_warning: float | None = None,
     ) -> None:
         self.name = name
         self.limit = limit
         self.private: str | None = None
         """Why the family has no other processes than those forked from this one, although it has a name."""
-        self._size, self._max_overflow, self._hold_warning = size, max_overflow, hold_warning
+        self._size, self._max_overflow = size, max_overflow
+        self._hold_warning = 0 if hold_warning is None else int(hold_warning * 1e6) + 1
         self._blocks = BLOCKS
         memory = None if name is None else self._named_memory(name)
         is_new = memory is None
@@ -199,7 +197,7 @@ class Family:
         block[STACK] = self._stack
         block[SIZE] = self._size
         block[MAX_OVERFLOW] = self._max_overflow + 1
-        block[HOLD_WARNING] = 0 if self._hold_warning is None else int(self._hold_warning * 1e6) + 1
+        block[HOLD_WARNING] = self._hold_warning
         block[SINCE] = int(time.time() * 1e6)
         block[PID] = os.getpid()
         return ProcessCounters(block, self._slots)
@@ -301,8 +299,9 @@ class Family:
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
-        errors = self.error_types.names()
-        return process_counters.pool_stats(cells, sums, name, alive=alive, thread_names=names, errors=errors)
+        return process_counters.pool_stats(
+            cells, sums, name, alive=alive, thread_names=names, errors=self.error_types.names()
+        )
 
     def is_alive(self, block: memoryview) -> bool:
         """Return whether the process of a block still runs, and still has the pool."""

@@ -370,9 +370,8 @@ def pool_stats(
         )
     overdue = None
     if cells[HOLD_WARNING]:
-        hold_warning = (cells[HOLD_WARNING] - 1) / 1e6
         held = [each.in_state for each in connections if each.state == "used"]
-        overdue = sum(seconds >= hold_warning for seconds in held) if alive else 0
+        overdue = sum(seconds * 1e6 >= cells[HOLD_WARNING] - 1 for seconds in held) if alive else 0
     return PoolStats(
         pool=name,
         pid=cells[PID],

@@ -220,12 +220,6 @@ class FamilyStats:
         return sum(process.waiting for process in self.processes if process.alive)
 
     @property
-    def overdue(self) -> int | None:
-        """Checkouts of the running processes that last longer than `hold_warning`; None without one."""
-        known = [process.overdue for process in self.processes if process.overdue is not None]
-        return sum(known) if known else None
-
-    @property
     def permits(self) -> int:
         """Connections that running processes have open or are opening, if the family has a limit."""
         return sum(process.permits for process in self.processes if process.alive)
@@ -234,6 +228,12 @@ class FamilyStats:
     def wanting(self) -> int:
         """Threads that wait until the family has fewer connections than its limit."""
         return sum(process.wanting for process in self.processes if process.alive)
+
+    @property
+    def overdue(self) -> int | None:
+        """Checkouts of the running processes that last longer than `hold_warning`; None without one."""
+        known = [process.overdue for process in self.processes if process.overdue is not None]
+        return sum(known) if known else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the snapshot as dicts, lists, strings and numbers, ready for JSON."""

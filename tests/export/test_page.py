@@ -116,7 +116,7 @@ def test_the_limit_is_shown_as_the_servers_is(browser: Browser, told: Told, serv
     taken = process(1, None, Counters(closed={"given back": 7}), permits=12, wanting=3)
     told.family = lambda: family(taken, limit=12)
     show(browser, served)
-    said = "12 at the most (family_limit 12: 12 taken, 3 wanted, 7 given back); the server takes 100"
+    said = "12 at most (family_limit 12: 12 taken, 3 wanted, 7 given back); the server allows 100"
     assert said in browser.text(".capacity")
     assert "7 given back" in browser.text(".process .past")
 

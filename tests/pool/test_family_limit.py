@@ -297,6 +297,28 @@ def test_a_busy_process_gives_back_what_is_beyond_its_share() -> None:
             each.close()
 
 
+def test_more_busy_processes_than_the_limit_take_turns() -> None:
+    pool = PidPool(Connection, pool_size=1, max_overflow=0, timeout=20, family_limit=2)
+
+    def busy(ready: Callable[[], None]) -> None:
+        ready()
+        while True:
+            connection = pool.connect()
+            time.sleep(0.005)
+            connection.close()
+
+    with contextlib.ExitStack() as stack:
+        pids = {stack.enter_context(child(busy)) for _ in range(5)}
+
+        def all_progress() -> bool:
+            processes = [each for each in pool.family_stats().processes if each.pid in pids]
+            assert sum(each.permits for each in processes) <= 2
+            return min(each.counters.checkouts for each in processes) > 5
+
+        until(all_progress, "a process starves")
+        assert pool.family_stats().counters.timeouts == 0
+
+
 def test_a_reconnecting_entry_does_not_starve_behind_its_own_process() -> None:
     pool = PidPool(Connection, pool_size=2, timeout=5, family_limit=1)
     invalidated = pool.connect()
@@ -446,8 +468,10 @@ def test_a_limit_holds_under_load_while_processes_are_killed(
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+    print(f"at most {worst} permits, {worst_on_server} on the server; {len(killed_at)} processes killed")
     assert 10 < worst <= limit and worst_on_server <= limit
     progress = {each.pid: each.counters.checkouts for each in stats.processes}
+    print(f"checkouts of those that lived on: {[progress[pid] for pid in steady]}")
     assert all(progress[pid] > 10 for pid in steady), progress
     assert stats.counters.timeouts == 0
     # No permit was lost.

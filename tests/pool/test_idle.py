@@ -60,8 +60,8 @@ def test_idle_connections_are_closed_the_last_one_too(
 
 
 def test_what_is_used_meanwhile_stays_open() -> None:
-    pool = PidPool(Connection, pool_size=1, max_idle=0.2)
-    for _ in range(20):
+    pool = PidPool(Connection, pool_size=1, max_idle=1.0)
+    for _ in range(40):
         pool.connect().close()
         time.sleep(0.03)
     assert pool.stats().counters.opened == 1

@@ -40,12 +40,12 @@ def test_an_interrupted_close_leaves_no_thread_waiting_for_ever() -> None:
     """It may fall between taking the connection for a waiting thread and handing it over."""
     numbers = random.Random(1)
     interrupted = 0
-    for _ in range(150):
+    for _ in range(100):
         pool = PidPool(
             lambda: sqlite3.connect(":memory:", check_same_thread=False),
             pool_size=1,
             max_overflow=0,
-            timeout=0.3,
+            timeout=0.1,
             reset_on_return=None,
         )
         held = pool.connect()
@@ -70,6 +70,6 @@ def test_an_interrupted_close_leaves_no_thread_waiting_for_ever() -> None:
             interrupted += 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        assert ended.wait(30), "a thread still waits, though pool_timeout is 0.3 s"
+        assert ended.wait(30), "a thread still waits, though pool_timeout is 0.1 s"
         waiting.join(30)
     assert interrupted

@@ -29,10 +29,10 @@ def budget_of(family: Family) -> Budget:
     return budget
 
 
-def take_all(budget: Budget) -> list[Permit]:
-    """Take permits until none is left, and until no process that has ended can be in the way."""
+def take_all(budget: Budget, seconds: float = 0.12) -> list[Permit]:
+    """Take permits for a while: longer than the wish of a process holds that was killed."""
     taken: list[Permit] = []
-    deadline = time.monotonic() + 0.05
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         permit = budget.take()
         if permit is None:
@@ -213,7 +213,7 @@ def test_an_interrupt_at_any_instruction_loses_no_permit() -> None:
             sys.settrace(None)
         permit = None
         gc.collect()
-        assert len(take_all(budget)) == 3, instruction
+        assert len(take_all(budget, 0.03)) == 3, instruction
         instruction += 5
     assert instruction > 100
 
@@ -292,6 +292,24 @@ def test_a_share_is_of_those_that_have_or_want_permits() -> None:
     taken = second.take()
     second.end_wish()
     assert taken is not None and not first.is_wanted()
+
+
+def test_a_killed_process_that_had_this_ones_pid_has_no_permits() -> None:
+    family = Family(5, 10, limit=2)
+    budget = budget_of(family)
+    earlier = family.join(parent_pid=os.getpid())
+    earlier.cells[process_counters.JOINED] = 1  # before this process was started
+    earlier.cells[PERMITS] = 2
+    budget._head[PERMITS_USED] = 2
+    assert len(take_all(budget)) == 2
+
+
+def test_a_killed_process_that_wanted_a_permit_has_no_share() -> None:
+    family = Family(5, 10, limit=4)
+    budget = budget_of(family)
+    run_in_child(lambda: budget_of(family).begin_wish())
+    kept = take_all(budget)
+    assert len(kept) == 4 and budget.share() == 4
 
 
 def test_a_wish_of_a_killed_process_ends() -> None:

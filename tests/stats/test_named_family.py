@@ -321,14 +321,14 @@ def test_a_process_killed_at_any_instruction_of_making_a_family_blocks_none(
 
             try:
                 sys.settrace(trace)
-                Family(5, 10, "shop").join()
+                Family(5, 10, name="shop").join()
             finally:
                 os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         instruction += step
 
         def join() -> int:
-            family = Family(5, 10, "shop")
+            family = Family(5, 10, name="shop")
             family.join()
             return family.read("shop").alive
 
