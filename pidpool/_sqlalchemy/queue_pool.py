@@ -177,18 +177,19 @@ class HookedQueuePool(QueuePool):
 
     def _do_get(self) -> ConnectionPoolEntry:
         while True:
-            idle = self._pool  # another one if this is a child now, forked in the lines below
+            idle = self._pool
             try:
                 return idle.get(False)
             except sqlalchemy_queue.Empty:
                 pass
             if self.waits_in_turns:
                 return self._get_in_turns()
+            counters = self.pool_events.counters  # others if this is a child then, forked in the lines below
             if self._inc_overflow():
                 try:
                     return self._create_connection()
                 except BaseException:
-                    if idle is self._pool:  # otherwise it was counted in the parent
+                    if counters is self.pool_events.counters:  # otherwise it was counted in the parent
                         self._dec_overflow()
                     raise
             with self.pool_events.counters.waiting():
@@ -211,17 +212,17 @@ class HookedQueuePool(QueuePool):
         wait = _Wait(self._timeout)
         with wait.counted(self.pool_events):
             while True:
-                idle = self._pool
+                idle, counters = self._pool, self.pool_events.counters
                 if self._inc_overflow():
                     try:
                         permit = wait.take_permit(self.pool_events.budget)
                         if permit is not None or self.pool_events.budget is None:
                             return self._create_connection(permit)
                     except BaseException:
-                        if idle is self._pool:
+                        if counters is self.pool_events.counters:
                             self._dec_overflow()
                         raise
-                    if idle is self._pool:
+                    if counters is self.pool_events.counters:
                         self._dec_overflow()
                 left = wait.left()
                 if left <= 0:

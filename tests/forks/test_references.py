@@ -138,3 +138,20 @@ def test_every_door_of_a_pooled_connection_checks_its_owner(engine: Engine, door
 
     run_in_child(child, how=how)
     parent.notices_nothing()
+
+
+@both_hows
+@pytest.mark.usefixtures("table")
+def test_a_soft_invalidation_in_a_child_leaves_the_connection_to_be_used(engine: Engine, how: How) -> None:
+    """It has the next checkout recycle a connection; an inherited one never has another checkout."""
+    parent = Parent(engine, "no transaction")
+
+    def child() -> int:
+        parent.connection.connection.invalidate(soft=True)
+        pid = server_pid(parent.connection)
+        parent.connection.close()
+        engine.dispose()
+        return pid
+
+    assert run_in_child(child, how=how) != parent.server_pid
+    parent.notices_nothing()
