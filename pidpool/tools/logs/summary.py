@@ -84,6 +84,7 @@ class Summary:
             "connection.checked_in": self._checked_in,
             "connection.invalidated": self._invalidated,
             "connection.closed": self._closed,
+            "connection.given_back": self._noted,
             "connection.inherited": self._inherited,
             "connection.replaced": self._replaced,
             "connection.refused": self._refused,
@@ -94,6 +95,7 @@ class Summary:
             "pool.adopted": self._adopted,
             "pool.disposed": self._disposed,
             "pool.over_maximum": self._over_maximum,
+            "family.private": self._noted,
         }
 
     @property
@@ -217,6 +219,10 @@ class Summary:
         closed[reason] = closed.get(reason, 0) + 1
         connection.out_at = None
         self.processes.close(connection, event["at"], reason)
+
+    def _noted(self, event: Event) -> None:
+        """Take note of the process alone: a count of the event is not shown."""
+        self._process_of(event)
 
     # -- checkouts that took or lasted too long
 
