@@ -77,6 +77,7 @@ class Count(IntEnum):
 
 
 _FORKS = int(Count.FORKS)
+_FIRST_COUNT = int(min(Count))
 _CLOSED = max(Count) + 1
 _INHERITED = _CLOSED + len(CLOSE_REASONS)
 _ADOPTIONS = _INHERITED + len(STATES_AT_FORK)
@@ -410,6 +411,8 @@ def counters(sums: list[int], errors: Sequence[str]) -> Counters:
     :param errors: the names of `ErrorTypes`.
     """
     slot = sums[HEAD_CELLS:]
+    # At once: to look up a member of an enumeration costs more than to read a cell.
+    timeouts, invalidations, severed, kept, replaced, refused, forks, overdue = sums[_FIRST_COUNT:_CLOSED]
     failed = dict(zip(errors, sums[_FAILED:_CREATE], strict=False))
     failed[error_types.OTHER] = sums[_FAILED + error_types.MOST]
     create, wait, use = sums[_CREATE:_CREATE_SUM], slot[WAIT:WAIT_SUM], slot[USE:USE_SUM]
@@ -419,16 +422,16 @@ def counters(sums: list[int], errors: Sequence[str]) -> Counters:
         closed=dict(zip(CLOSE_REASONS, sums[_CLOSED:], strict=False)),
         checkouts=sum(wait),
         checkins=sum(use),
-        timeouts=sums[Count.TIMEOUTS],
-        invalidations=sums[Count.INVALIDATIONS],
+        timeouts=timeouts,
+        invalidations=invalidations,
         inherited=dict(zip(STATES_AT_FORK, sums[_INHERITED:], strict=False)),
-        severed=sums[Count.SEVERED],
-        kept=sums[Count.KEPT],
-        replaced=sums[Count.REPLACED],
-        refused=sums[Count.REFUSED],
+        severed=severed,
+        kept=kept,
+        replaced=replaced,
+        refused=refused,
         adoptions=dict(zip(TRIGGERS, sums[_ADOPTIONS:], strict=False)),
-        forks=sums[Count.FORKS],
-        overdue=sums[Count.OVERDUE],
+        forks=forks,
+        overdue=overdue,
         create_time=Histogram(tuple(create), sums[_CREATE_SUM] / 1e9),
         wait_time=Histogram(tuple(wait), slot[WAIT_SUM] / 1e9),
         use_time=Histogram(tuple(use), slot[USE_SUM] / 1e9),
