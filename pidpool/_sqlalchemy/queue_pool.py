@@ -136,7 +136,7 @@ class HookedQueuePool(QueuePool):
             inherited.abandon()
         self._overflow = 0 - self._pool.maxsize
         self._overflow_lock = threading.RLock()  # type: ignore[assignment]
-        # Made by the first who asks for it: not there if nothing has connected or listened yet.
+        # SQLAlchemy makes it at the first use: it is not there if nothing has connected or listened yet.
         if not was_alone and "dispatch" in self.__dict__:
             renew_first_connect(self.dispatch)
 
