@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from waiting import until
 
 from pidpool import AsyncPidPool, PidPool
+from pidpool.stats import budget as budget_module
 from pidpool.stats.process_counters import PERMITS
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -235,6 +236,32 @@ def test_a_timeout_names_the_limit_and_what_holds_the_connections() -> None:
     assert event["holders"] in said and event["family_wanting"] == 0
     for each in held:
         each.close()
+
+
+def test_a_permit_given_back_while_the_lock_is_not_to_be_had_is_there_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when a process is stopped while it has the family's lock."""
+    monkeypatch.setattr(budget_module, "_LOCK_WAIT", 0.05)
+    pool = PidPool(Connection, timeout=5, family_limit=1)
+    connection = pool.connect()
+    lock, is_held, may_end = pool.pool_events.family._lock, threading.Event(), threading.Event()
+
+    def hold() -> None:
+        assert lock.acquire(1)
+        is_held.set()
+        may_end.wait(30)
+        lock.release()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait(30)
+    connection.invalidate()
+    assert permits(pool) == 1
+    may_end.set()
+    thread.join()
+    assert run_in_child(lambda: pool.connect().close()) is None
+    assert permits(pool) == 0
 
 
 # -- none starves
