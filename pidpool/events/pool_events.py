@@ -320,9 +320,28 @@ class PoolEvents:
             server_max_connections=server_max_connections,
         )
 
-    def family_private(self, family: str | None, reason: str) -> None:
+    def report_family(self) -> None:
+        """Log what a process should know that has joined a named family."""
+        if self.family.private is not None:
+            self.family_private(self.family.private)
+        other = self.family.other_limit()
+        if other is not None:
+            self.family_limits_differ(*other)
+
+    def family_private(self, reason: str) -> None:
         """A named family can't be shared: it is this process and those forked from it."""
-        self._emit("warning", "family.private", family=family, reason=reason)
+        self._emit("warning", "family.private", family=self.family.name, reason=reason)
+
+    def family_limits_differ(self, other_limit: int | None, other_pid: int) -> None:
+        """Another process of a named family has another `family_limit`, or none: each keeps to its own."""
+        self._emit(
+            "warning",
+            "family.limits_differ",
+            family=self.family.name,
+            family_limit=self.family.limit,
+            other_limit=other_limit,
+            other_pid=other_pid,
+        )
 
     # -- how an event is logged
 

@@ -23,6 +23,7 @@ from pidpool.stats.process_counters import (
     HEAD_CELLS,
     HOLD_WARNING,
     JOINED,
+    LIMIT,
     MAX_OVERFLOW,
     PARENT_PID,
     PID,
@@ -198,6 +199,7 @@ class Family:
         block[SIZE] = self._size
         block[MAX_OVERFLOW] = self._max_overflow + 1
         block[HOLD_WARNING] = self._hold_warning
+        block[LIMIT] = self.limit or 0
         block[SINCE] = int(time.time() * 1e6)
         block[PID] = os.getpid()
         return ProcessCounters(block, self._slots)
@@ -248,6 +250,13 @@ class Family:
         head = self._cells[_BUDGET : _BUDGET + budget.CELLS]
         # The permits of an unlisted process could not be counted, so it gets none.
         return Budget(head, self._lock, self, own, self.limit if own.is_listed else 0)
+
+    def other_limit(self) -> tuple[int | None, int] | None:
+        """Return the limit and the pid of a process that runs with another limit; None if there is none."""
+        for block in self.blocks():
+            if block[LIMIT] != (self.limit or 0) and block[PID] and self.is_alive(block):
+                return block[LIMIT] or None, block[PID]
+        return None
 
     def blocks(self) -> list[memoryview]:
         """Return the blocks that have been used."""

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from events import Events
 from forking import run_in_child
+from sqlalchemy import exc
 from waiting import until
 
 from pidpool import PidPool
@@ -144,6 +145,37 @@ def test_dispose_stays_in_the_family_with_the_same_counts() -> None:
     again = pool.recreate()
     assert again.family_stats().alive == 1 and again.pool_events.family.name == "shop"
     assert again.stats().counters.checkouts == 1
+
+
+@pytest.mark.parametrize(("limit", "other"), [(5, 3), (5, None), (None, 3)])
+def test_a_process_with_another_limit_is_named(limit: int | None, other: int | None) -> None:
+    events = Events()
+
+    def join(limit: int | None) -> int | None:
+        PidPool(Connection, family="shop", family_limit=limit, logger=events.logger).connect().close()
+        return next((each["other_limit"] for each in events.of("family.limits_differ")), -1)
+
+    pool = PidPool(Connection, family="shop", family_limit=other, logger=events.logger)
+    assert run_in_child(join, other) == -1
+    assert run_in_child(join, limit) == other
+    pool.recreate().connect().close()
+    assert events.of("family.limits_differ") == []
+    PidPool(Connection, family="shop", family_limit=limit, logger=events.logger).connect().close()
+    event = events.the("family.limits_differ")
+    assert (event["family"], event["family_limit"], event["other_limit"]) == ("shop", limit, other)
+    assert event["other_pid"] == os.getpid()
+
+
+def test_processes_with_other_limits_keep_to_their_own_over_the_permits_of_all() -> None:
+    pools = [PidPool(Connection, family="shop", family_limit=limit, timeout=0.1) for limit in (4, 2)]
+    kept = [pools[0].connect() for _ in range(2)]
+    with pytest.raises(exc.TimeoutError, match="family_limit of 2 reached"):
+        pools[1].connect()
+    kept += [pools[0].connect() for _ in range(2)]
+    with pytest.raises(exc.TimeoutError, match="family_limit of 4 reached"):
+        pools[0].connect()
+    for each in kept:
+        each.close()
 
 
 def test_when_no_process_lives_the_family_starts_afresh() -> None:
