@@ -292,10 +292,18 @@ class Family:
             unlisted=self._cells[_UNLISTED],
             server_max_connections=self.server_max_connections,
             limit=self.limit,
+            permits=self._permits(processes),
             counters=process_counters.counters(
                 process_counters.add_blocks([departed[3:].tolist(), *sums]), self.error_types.names()
             ),
         )
+
+    def _permits(self, processes: list[PoolStats]) -> int:
+        if self.limit is None:
+            return 0
+        # The processes were read one after the other, so one permit may be in it twice: given back by a
+        # process after it was read, and taken by the next. The other sum has those of the killed for a while.
+        return min(sum(each.permits for each in processes), self._cells[_BUDGET + budget.PERMITS_USED])
 
     def read_own(self, own: ProcessCounters, name: str) -> PoolStats:
         """Return a snapshot of this process."""

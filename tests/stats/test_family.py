@@ -685,7 +685,7 @@ def test_a_snapshot_as_dicts_has_all_its_fields() -> None:
     told = json.loads(json.dumps(stats.to_dict()))
     fields = json.loads(json.dumps(dataclasses.asdict(stats)))
     derived = {"alive": 1, "maximum": 15, "idle": 0, "used": 1, "waiting": 0, "overdue": None}
-    derived |= {"permits": 0, "wanting": 0}
+    derived |= {"wanting": 0}
     for each, process in zip(fields["processes"], stats.processes, strict=True):
         each["maximum"] = process.maximum
     assert told == {**fields, **derived}
