@@ -16,6 +16,7 @@ from typing import Any
 
 from pidpool.events.logger import EventLogger
 from pidpool.events.pool_names import name_for
+from pidpool.events.user_code import ForkingLines
 from pidpool.stats.family import Family
 from pidpool.stats.process_counters import Count
 from pidpool.stats.snapshots import FamilyStats
@@ -102,7 +103,7 @@ class PoolEvents:
         self._logger = EventLogger(logger)
         self.is_enabled = self._logger.is_enabled
         """``is_enabled(level)`` says whether an event of this level would be logged at present."""
-        self.forked_at: str | None = None
+        self.forked_at: ForkingLines | None = None
         """The line of the last fork, with its callers; in a child that of the fork which made it."""
         self._note_waiting = note_waiting
         self._waiting: deque[_WaitingEvent | tuple[Callable[..., None], Any]] = deque(maxlen=MOST_WAITING)
@@ -210,7 +211,7 @@ class PoolEvents:
     # -- forks
 
     def note_fork(
-        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
+        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: ForkingLines | None
     ) -> None:
         """Count a fork in the parent's at-fork hook, and have it logged later if a connection is open."""
         self.counters.add_fork()
@@ -219,11 +220,11 @@ class PoolEvents:
             self.log_later(self.pool_forked, at, idle, checked_out, in_transaction, forked_at)
 
     def pool_forked(
-        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
+        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: ForkingLines | None
     ) -> None:
         """The parent forked a child, with so many connections open.
 
-        `forked_at` is the line that forked with its callers (`user_code.forking_lines`), here and below.
+        `forked_at` is the line that forked with its callers (see `ForkingLines`), here and below.
         """
         self._emit(
             "info",
@@ -244,7 +245,7 @@ class PoolEvents:
         checked_out: int,
         in_transaction: int,
         connects_in_flight: int,
-        forked_at: str | None,
+        forked_at: ForkingLines | None,
     ) -> None:
         """A forked child took the pool over; `trigger` names what noticed the fork.
 
@@ -271,7 +272,7 @@ class PoolEvents:
         state: StateAtFork,
         action: SocketAction,
         where: str | None,
-        forked_at: str | None,
+        forked_at: ForkingLines | None,
     ) -> None:
         """The cross-process leak: the child logs one for each inherited connection.
 
@@ -403,6 +404,9 @@ class PoolEvents:
     def _log(
         self, at: float, level: str, event: str, tag: ConnectionTag | None, fields: dict[str, object]
     ) -> None:
+        lines = fields.get("forked_at")
+        if isinstance(lines, ForkingLines):
+            fields = {**fields, "forked_at": lines.text()}
         if tag is not None:
             fields = {
                 "connection_id": tag.connection_id,
