@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import pytest
 from families import small_family, telling
 from forking import How, run_in_child
+from waiting import until
 
 from pidpool import serve_stats
 from pidpool.export.endpoint import StatsServer, server
@@ -326,10 +327,7 @@ def test_a_client_that_takes_no_answer_is_given_up(monkeypatch: pytest.MonkeyPat
         greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         greedy.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert get(stats, "/healthz")[0] == 200
-        deadline = time.monotonic() + PATIENCE
-        while stats._clients and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not stats._clients
+        until(lambda: not stats._clients, "the client is kept", PATIENCE)
 
 
 def test_too_many_clients_push_the_oldest_out(served: StatsServer) -> None:
@@ -362,9 +360,7 @@ def test_it_goes_on_when_descriptors_run_out(served: StatsServer) -> None:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with connect(served) as waiting, contextlib.ExitStack() as files:
-        deadline = time.monotonic() + PATIENCE
-        while len(served._clients) != 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: len(served._clients) == 1, "the client is not accepted", PATIENCE)
         client = files.enter_context(socket.socket())
         client.settimeout(PATIENCE)
         highest = max(map(int, os.listdir("/proc/self/fd")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from forking import run_in_child
+from killing import is_killed, kill_at
 from waiting import until
 
 from pidpool.stats import budget as budget_module
@@ -125,47 +127,27 @@ def test_the_permits_of_the_killed_are_there_again() -> None:
     assert len(take_all(budget)) == 5
 
 
-def kill_at(instruction: int, budget: Budget) -> None:
-    """Take a permit, give it back and take another, and be killed at one instruction of that."""
-    left = instruction
-    codes = {module.__file__ for module in (budget_module, family_module, process_counters, robust_lock)}
-
-    def trace(frame: Any, event: str, argument: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename in codes:
-            frame.f_trace_opcodes = True
-            frame.f_trace_lines = False
-            left -= event == "opcode"
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return trace
-
-    sys.settrace(trace)
-    permit = budget.take()
-    assert permit is not None
-    permit.give_back()
-    budget.begin_wish()
-    budget.wish()
-    permit = budget.take()
-    budget.end_wish()
-    sys.settrace(None)
-
-
 def test_a_process_killed_at_any_instruction_takes_no_permit_with_it_and_blocks_none() -> None:
     """One child for each (in short: each eleventh) instruction of taking and giving back."""
     step = 1 if "PIDPOOL_SOAK" in os.environ else 11
+
+    def take_give_back_and_take(family: Family, instruction: int) -> None:
+        budget = budget_of(family)
+        kill_at(instruction, budget_module, family_module, process_counters, robust_lock)
+        permit = budget.take()
+        assert permit is not None
+        permit.give_back()
+        budget.begin_wish()
+        budget.wish()
+        permit = budget.take()
+        budget.end_wish()
+
     killed, instruction = True, 0
     while killed:
         family = Family(5, 10, limit=3)
         budget = budget_of(family)
         kept = budget.take()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                kill_at(instruction, budget_of(family))
-            finally:
-                os._exit(0)
-        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        killed = is_killed(functools.partial(take_give_back_and_take, family, instruction))
         taken: list[Any] = []
 
         def takes_all(taken: list[Any] = taken, budget: Budget = budget) -> bool:

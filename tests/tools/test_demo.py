@@ -20,8 +20,10 @@ from typing import Any
 import psutil
 import pytest
 from click.testing import CliRunner
+from forking import has_ended
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
+from waiting import until
 
 from pidpool.cli import demo
 from pidpool.tools.demo import failures, measuring, verdicts
@@ -52,10 +54,10 @@ def left_of(environment: dict[str, str]) -> list[psutil.Process]:
 
 
 def assert_nothing_is_left_of(environment: dict[str, str], *pids: int, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while left := [*left_of(environment), *(pid for pid in pids if psutil.pid_exists(pid))]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.02)
+    def left() -> list[psutil.Process | int]:
+        return [*left_of(environment), *(pid for pid in pids if psutil.pid_exists(pid))]
+
+    until(lambda: not left(), lambda: f"still there: {left()}", seconds, interval=0.02)
 
 
 def tables(url: str) -> list[str]:
@@ -287,14 +289,8 @@ def test_nothing_is_left_when_its_terminal_is_closed(environment: dict[str, str]
         seen += os.read(terminal, 65536)
     assert b"\x1b[" in seen  # the bar
     os.close(terminal)
-    status = None
-    deadline = time.monotonic() + 40
-    while status is None:
-        ended, code = os.waitpid(pid, os.WNOHANG)
-        status = code if ended else None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert status != 0
+    until(lambda: has_ended(pid), "it runs on without its terminal", 40)
+    assert os.waitpid(pid, 0)[1] != 0
     assert_nothing_is_left_of(environment)
 
 
