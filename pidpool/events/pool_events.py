@@ -311,7 +311,7 @@ class PoolEvents:
     def pool_over_maximum(
         self, processes: int, maximum: int | None, server_max_connections: int | None
     ) -> None:
-        """The family's processes may open more connections than their server takes; logged once."""
+        """The family's processes may open more connections than their server allows; logged once."""
         self._emit(
             "warning",
             "pool.over_maximum",

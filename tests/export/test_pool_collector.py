@@ -16,7 +16,7 @@ from typing import Any
 import prometheus_client
 import pytest
 from engines import MakeEngine
-from families import small_family, telling
+from families import pool_reporting, small_family
 from forking import run_in_child
 from gunicorn_server import WORKERS, get, gunicorn
 from prometheus_client import CollectorRegistry, generate_latest
@@ -41,7 +41,7 @@ def checkouts(registry: CollectorRegistry, pool: str) -> float | None:
 
 def test_it_gives_what_the_endpoint_gives() -> None:
     family = small_family()
-    assert generate_latest(registry_with(telling(family))) == expose([family], "")[0]
+    assert generate_latest(registry_with(pool_reporting(family))) == expose([family], "")[0]
 
 
 def test_it_is_live(tls_url: str, make_engine: MakeEngine) -> None:
@@ -73,7 +73,7 @@ def test_its_names_are_known_without_a_look_at_a_pool() -> None:
     def never() -> Any:
         raise AssertionError("looked at")
 
-    engine = telling(never)
+    engine = pool_reporting(never)
     registry = registry_with(engine)
     with pytest.raises(ValueError, match="pidpool_checkouts"):
         registry.register(PoolCollector(engine))
@@ -83,7 +83,7 @@ def test_its_names_are_known_without_a_look_at_a_pool() -> None:
 
 def test_pools_of_one_name_make_no_series_twice() -> None:
     names = ["shop", "shop", "shop#2", "shop"]
-    engines = [telling(small_family(pool=name)) for name in names]
+    engines = [pool_reporting(small_family(pool=name)) for name in names]
     body = generate_latest(registry_with(*engines)).decode()
     assert set(re.findall(r'pool_name="([^"]+)"', body)) == {"shop", "shop#2", "shop#2#2", "shop#3"}
     assert series_of(body).most_common(1)[0][1] == 1

@@ -178,7 +178,7 @@ def test_kept_sockets(postgres: EmbeddedPostgres, driver: str) -> None:
 
 
 def test_the_transaction_state_is_read_without_the_server(postgres: EmbeddedPostgres) -> None:
-    async def tell() -> None:
+    async def use() -> None:
         async with (
             an_engine(postgres.url(driver="postgresql+asyncpg")) as engine,
             engine.connect() as connection,
@@ -188,7 +188,7 @@ def test_the_transaction_state_is_read_without_the_server(postgres: EmbeddedPost
             await server_pid(connection)
             assert stand_in.transaction_state(raw) == "in transaction"
 
-    asyncio.run(tell())
+    asyncio.run(use())
 
 
 async def _in_greenlet(function: Any, *arguments: Any) -> Any:

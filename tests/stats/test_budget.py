@@ -255,7 +255,7 @@ def test_taking_and_giving_with_64_processes_takes_microseconds() -> None:
                 permit.give_back()
             return (time.thread_time() - started) / 500
 
-        # The figure is 10 µs; on a machine that shares its processors the least of several tells.
+        # As a rule it is 10 µs. Other processes disturb single measurements, so the least of several counts.
         assert min(cost() for _ in range(10)) < 20e-6
     finally:
         for pid in pids:

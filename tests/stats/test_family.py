@@ -663,13 +663,13 @@ def test_a_snapshot_as_dicts_has_all_its_fields() -> None:
     held = pool.connect()
     run_in_child(use, pool)
     stats = pool.family_stats()
-    told = json.loads(json.dumps(stats.to_dict()))
+    plain = json.loads(json.dumps(stats.to_dict()))
     fields = json.loads(json.dumps(dataclasses.asdict(stats)))
     derived = {"alive": 1, "maximum": 15, "idle": 0, "used": 1, "waiting": 0, "overdue": None}
     derived |= {"permits": 0, "wanting": 0}
     for each, process in zip(fields["processes"], stats.processes, strict=True):
         each["maximum"] = process.maximum
-    assert told == {**fields, **derived}
+    assert plain == {**fields, **derived}
     held.close()
 
 

@@ -151,8 +151,8 @@ def test_the_document_tells_what_was_measured_on_what(run: Any) -> None:
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(run: Any) -> None:
     lines = run[0].stderr.splitlines()
-    told = [line for line in lines if re.match(r"  \S.* (FAIL|ok) +\S", line)]
-    assert len(told) == len(FAILURES) * len(CONTENDERS)
+    shown = [line for line in lines if re.match(r"  \S.* (FAIL|ok) +\S", line)]
+    assert len(shown) == len(FAILURES) * len(CONTENDERS)
     assert [failure.title in lines for failure in FAILURES] == [True] * len(FAILURES)
     assert all(character.isprintable() for line in lines for character in line)
 
@@ -356,10 +356,10 @@ def test_a_complaint_about_pidpool_makes_the_run_fail_unless_a_client_was_killed
 
 def test_what_others_survive_is_told_and_no_failure_of_pidpools() -> None:
     results = unharmed()
-    told = {(failure.name, contender.key) for failure, contender in results.unexpected()}
-    assert ("dropped_session", "events") in told
-    assert ("forked_with_threads", "queuepool") in told
-    assert ("forked_with_threads", "dispose") not in told  # recreate() makes new locks
+    shown = {(failure.name, contender.key) for failure, contender in results.unexpected()}
+    assert ("dropped_session", "events") in shown
+    assert ("forked_with_threads", "queuepool") in shown
+    assert ("forked_with_threads", "dispose") not in shown  # recreate() makes new locks
     assert results.clean
 
 
@@ -398,7 +398,7 @@ def test_where_its_own_server_can_not_run_it_points_to_database(
 
 
 def unharmed() -> measuring.Results:
-    """Results of four iterations in which nobody failed."""
+    """Results of four iterations in which no contender failed."""
     commits = {"tls": False, "commits": 4, "commits_reported": 4, "rows_present": 4, "error": None}
     each: dict[str, dict[str, Any]] = {
         "replaced_session": {"tls": True, "iterations": 4, "done": 4, "error": None},
