@@ -117,7 +117,7 @@ class HeldSession:
                 {"number": self.number},
             ).one_or_none()
 
-    def has_had_no_traffic(self) -> None:
+    def has_heard_nothing(self) -> None:
         assert self.look() == self.seen
 
 
@@ -159,7 +159,7 @@ def serve_and_check(
 
     until(all_have_used_it, f"fewer than {workers} workers have answered", START)
     assert len(set.union(*numbers.values())) == sum(map(len, numbers.values()))  # nothing shared
-    session.has_had_no_traffic()
+    session.has_heard_nothing()
     assert rows(observer) == []
     assert postgres.complaints(mark) == []
 
