@@ -308,7 +308,7 @@ def test_the_token_may_come_in_the_fragment(browser: Browser, reported: Reported
         browser.run("sessionStorage.clear()")
 
 
-# -- for everybody
+# -- for all people
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +417,7 @@ def test_it_is_used_with_the_keyboard(browser: Browser, reported: Reported, serv
     assert pause.get_attribute("aria-pressed") == "true"
     pause.send_keys(space)
     browser.wait(lambda: browser.text("#status") == "live", "it does not go on")
-    # What had the keyboard still has it, however often the figures have changed.
+    # The same element has the focus, however often the figures have changed.
     assert browser.driver.switch_to.active_element.get_attribute("id") == "pause"
 
 

@@ -212,7 +212,7 @@ def test_prometheus_knows_the_figures_of_the_family(
         own = server_pid(mine)
         mine.commit()
         with child_with_a_connection(engine), prometheus(tmp_path, stats, "s3cret") as server:
-            until(lambda: server.value("pidpool_processes") == 2, "Prometheus does not know of the child")
+            until(lambda: server.value("pidpool_processes") == 2, "Prometheus does not count the child")
             label = 'db_client_connection_pool_name="shop",job="shop"'
             expected = {
                 'up{job="shop"}': 1,

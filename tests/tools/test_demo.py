@@ -33,7 +33,7 @@ from pidpool.tools.demo.verdicts import FAILURES
 
 COMMAND = [str(Path(sys.executable).with_name("pidpool")), "demo"]
 SECONDS = 110.0  # how long a run may take on a busy machine; half a minute is usual
-# What processes started for a test have in their environment, by which the test finds what is left.
+# A variable of every process that is started for a test, by which the test finds those that are left.
 MARK = "PIDPOOL_TEST_RUN"
 
 
@@ -220,7 +220,7 @@ def test_a_url_that_does_not_work_ends_it_with_the_reason_and_no_password(url: s
 
 @pytest.fixture
 def default_signals() -> Iterator[None]:
-    """What runs in the background may ignore these, and a process that it starts would too."""
+    """A process in the background may ignore these signals; a process that it starts would too."""
     before = {
         each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGINT, signal.SIGHUP)
     }
