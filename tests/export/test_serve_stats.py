@@ -326,6 +326,8 @@ def test_a_client_that_takes_no_answer_is_given_up(monkeypatch: pytest.MonkeyPat
     with serve_stats(*engines, port=0) as stats, connect(stats) as greedy:
         greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         greedy.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        until(lambda: stats._clients, "the client is not accepted", PATIENCE)
+        monkeypatch.setattr(server, "CLIENT_SECONDS", PATIENCE)  # for the next one, on a slow machine
         assert get(stats, "/healthz")[0] == 200
         until(lambda: not stats._clients, "the client is kept", PATIENCE)
 

@@ -192,7 +192,7 @@ def test_a_family_that_may_open_more_than_the_server_takes(endpoint: Endpoint) -
     endpoint.body = document(dataclasses.replace(FAMILY, server_max_connections=50, unlisted=3))
     shown = lines(run(endpoint.url))
     assert shown[0].endswith("3 more found no room in the family's memory")
-    assert shown[1].endswith("at most 60, more than the server allows (50)")
+    assert shown[1].endswith("at most 60; the server allows only 50")
     endpoint.body = document(family(process(1, max_overflow=-1), server_max_connections=None))
     assert lines(run(endpoint.url))[1].endswith("0 waiting; without limit")
 
