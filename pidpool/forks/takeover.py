@@ -224,12 +224,14 @@ def _put_stand_in(
     pool: ForkablePool,
     state: StateAtFork,
 ) -> None:
-    if checkout is not None and checkout.held_connection is not connection:
-        checkout = None
-    stand_in = DisownedConnection(Inheritance(pool, tag, connection, state, checkout))
-    if checkout is not None:
+    is_held = checkout is not None and checkout.held_connection is connection
+    is_in_entry = entry is not None and entry.dbapi_connection is connection
+    # Of a checkout whose dead connection is just replaced, the entry has the new one already.
+    its_checkout = checkout if is_held or is_in_entry else None
+    stand_in = DisownedConnection(Inheritance(pool, tag, connection, state, its_checkout))
+    if checkout is not None and is_held:
         checkout.held_connection = stand_in
-    if entry is not None and entry.dbapi_connection is connection:
+    if entry is not None and is_in_entry:
         entry.dbapi_connection = stand_in
 
 
