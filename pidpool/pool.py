@@ -6,6 +6,7 @@ counts, and what becomes of it in a forked child.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -364,9 +365,9 @@ class PidPool(HookedQueuePool):
         for tag, state, action, where in takeover.connections:
             self.pool_events.connection_inherited(fork.at, tag, state, action, where, forked_at)
 
-    def log_waiting_events(self) -> None:
-        """Log the events that could not be logged when they happened."""
-        self.pool_events.log_waiting()
+    def log_waiting_events(self, until: float = math.inf) -> None:
+        """Log the events that could not be logged when they happened; none after `until`."""
+        self.pool_events.log_waiting(until)
 
     def replace_inherited(
         self, checkout: CheckedOutConnection, tag: ConnectionTag, driver: Driver, settings: Settings

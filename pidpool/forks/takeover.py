@@ -51,7 +51,7 @@ class ForkablePool(ReplacingPool, Protocol):
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace in the child everything that another thread may have held at the fork."""
 
-    def log_waiting_events(self) -> None: ...
+    def log_waiting_events(self, until: float) -> None: ...
 
 
 _pools: dict[int, weakref.ref[ForkablePool]] = {}
@@ -235,9 +235,9 @@ def _put_stand_in(
         entry.dbapi_connection = stand_in
 
 
-def _log_waiting_events() -> None:
+def _log_waiting_events(until: float) -> None:
     for pool in pools():
-        pool.log_waiting_events()
+        pool.log_waiting_events(until)
 
 
 detection.register_fork_callback(_note_fork)
