@@ -27,8 +27,9 @@ from pidpool.events import overdue
 from pidpool.events.pool_events import PoolEvents, held_back
 from pidpool.events.user_code import calling_line, forking_lines
 from pidpool.events.watched_checkout import WatchedCheckout
-from pidpool.forks import detection, takeover
+from pidpool.forks import detection, openssl, takeover
 from pidpool.forks.detection import SETTLED, fork_state
+from pidpool.forks.openssl import guarded_threads
 from pidpool.forks.takeover import Takeover
 from pidpool.options.checks import check_choice, check_number
 from pidpool.stats import holders, robust_lock
@@ -187,6 +188,9 @@ class PidPool(HookedQueuePool):
             detection.settle()
         if self._refusal is not None:
             self._refuse_checkout(self._refusal)
+        thread = threading.get_ident()
+        if thread not in guarded_threads:
+            openssl.guard_thread(thread)
         started = time.perf_counter_ns()
         try:
             checkout = check_out(self)
@@ -205,7 +209,7 @@ class PidPool(HookedQueuePool):
         slot[WAIT + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += 1
         slot[WAIT_SUM] += waited_ns
         slot[IN_STATE_SINCE] = now
-        slot[THREAD] = threading.get_ident()
+        slot[THREAD] = thread
         is_logged = self.pool_events.is_enabled()
         if is_logged or self.hold_warning is not None:
             self._watch(entry, waited_ns / 1e9, now / 1e9, is_logged)

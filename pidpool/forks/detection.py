@@ -23,7 +23,7 @@ from typing import Protocol
 # have to be registered before ours, so that they run after it. Otherwise a thread that has such a lock would
 # wait in our hook for a connect whose thread waits for the same lock, to fork too
 # (tests/pool/test_threads.py::test_connecting_threads_that_fork_do_not_wait_for_each_other).
-from pidpool.forks import log_locks
+from pidpool.forks import log_locks, openssl
 from pidpool.forks.gate import ConnectGate
 from pidpool.terms import Trigger
 
@@ -213,6 +213,7 @@ def notice_fork() -> None:
                 callback(fork)
             if not was_hooked:
                 log_locks.renew(in_hook=False)
+            openssl.note_child(is_alone)
             _pid = os.getpid()
             if not is_alone:
                 _gate = ConnectGate()
@@ -252,6 +253,7 @@ def _before_fork() -> None:
     if not _forks_alone:
         _gate.before_fork()
         log_locks.hold()  # after the gate: a thread whose connect is waited for may log
+    openssl.ready_to_fork()
     # Before the fork, when no child can be ahead: events sorted by time have the fork first.
     at = time.time()
     for callback in _fork_callbacks:
