@@ -13,7 +13,7 @@ from pidpool.drivers.psycopg import AsyncPsycopg, Psycopg
 from pidpool.drivers.psycopg2 import Psycopg2
 from pidpool.drivers.sqlite import SQLite
 
-__all__ = ["Driver", "Settings", "driver_of"]
+__all__ = ["Driver", "Settings", "driver_of", "under_adapter"]
 
 _KNOWN: dict[str, Driver] = {
     "psycopg2": Psycopg2(),
@@ -27,6 +27,11 @@ _UNDER_ADAPTER: dict[str, Driver] = {
     "asyncpg": AsyncPG(),
 }
 _UNKNOWN = Driver()
+
+
+def under_adapter(connection: object) -> object:
+    """Return the driver's connection under SQLAlchemy's adapter for asyncio; None without an adapter."""
+    return connection.driver_connection if isinstance(connection, AdaptedConnection) else None
 
 
 def driver_of(connection: object) -> Driver:

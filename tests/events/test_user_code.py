@@ -214,7 +214,9 @@ def test_an_installed_package_that_forks_by_itself_is_named() -> None:
     """As gunicorn's master does: none of the user's lines is running."""
     found: list[Any] = []
     names = {"__name__": "gunicorn.arbiter", "found": found, "forking_lines": user_code.forking_lines}
-    code = compile("found.append(forking_lines())", "/venv/lib/site-packages/gunicorn/arbiter.py", "exec")
+    code = compile(
+        "found.append(forking_lines().text())", "/venv/lib/site-packages/gunicorn/arbiter.py", "exec"
+    )
     _thread.start_new_thread(exec, (code, names))
     until(lambda: found, "the thread has not run")
     assert found == ["/venv/lib/site-packages/gunicorn/arbiter.py:1 in <module>"]
