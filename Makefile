@@ -34,7 +34,7 @@ bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (B
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
 	$(bounded) $(bin)/python -m pytest -m 'not system' $(PYTEST_ARGS)
 
-test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus and npm
+test-system: $(VENV)/.system ## run the tests that need Chromium, MariaDB, PgBouncer, Prometheus and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an hour
@@ -76,4 +76,8 @@ $(VENV)/.bench: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(pip) '.[dev]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
+$(VENV)/.system: $(VENV)/.dev
+	$(pip) '.[system]' $(if $(REQUIRE),'$(REQUIRE)')
 	@touch $@
