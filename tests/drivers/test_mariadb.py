@@ -4,6 +4,7 @@ that its driver does not give, and what is known of the transaction.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def c_extension() -> dict[str, str]:
     folder = Path(mysql.__path__[0], "vendor")
     environment = {"LD_LIBRARY_PATH": str(folder)}
     program = "import mysql.connector; assert mysql.connector.HAVE_CEXT"
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **environment})
     return environment
 
 
@@ -104,7 +105,11 @@ def test_threads_that_connect_at_once_each_find_their_own(
 ) -> None:
     address = url(mariadb, "mysqlconnector")
     done = subprocess.run(
-        [sys.executable, "-c", FOUND, address], capture_output=True, text=True, env=c_extension, timeout=60
+        [sys.executable, "-c", FOUND, address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **c_extension},
     )
     assert done.stdout == "found\n", done.stderr
 
