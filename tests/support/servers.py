@@ -46,7 +46,7 @@ def running(command: list[str], log: Path, **options: Any) -> Iterator[subproces
 def pgbouncer(postgres: EmbeddedPostgres, pool_mode: str = "session") -> Iterator[str]:
     """Run a PgBouncer before the server; gives the URL to connect to through it."""
     url, port = make_url(postgres.url(tls=True)), free_port()
-    # It refuses to run as root, and nobody has to be able to read what it is given.
+    # It refuses to run as root, and the user `nobody` has to be able to read its files.
     directory = Path(tempfile.mkdtemp(prefix="pidpool-pgbouncer-"))
     try:
         directory.chmod(0o755)
