@@ -36,7 +36,7 @@ bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (B
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded', PROCESSES=0)
 	$(bounded) $(bin)/python -m pytest -m 'not system' -n $(PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
-test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus and npm
+test-system: $(VENV)/.system ## run the tests that need Chromium, MariaDB, PgBouncer, Prometheus and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an hour
@@ -78,4 +78,8 @@ $(VENV)/.bench: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(pip) '.[dev]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
+$(VENV)/.system: $(VENV)/.dev
+	$(pip) '.[system]' $(if $(REQUIRE),'$(REQUIRE)')
 	@touch $@

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from pidpool.drivers import driver_of, under_adapter
+from pidpool.drivers import Sockets, driver_of, under_adapter
 from pidpool.forks import severing
 from pidpool.forks.detection import FORKED, fork_state, process_pid
 from pidpool.tag import ConnectionTag
@@ -199,12 +199,19 @@ def sever_all() -> bool:
     return all_severed
 
 
-def tag_connection(connection: Any, entry: Entry, *, sever: bool) -> OwnedConnection:
-    """Tag a connection that was just opened and note that this process owns it."""
+def tag_connection(
+    connection: Any, entry: Entry, *, sever: bool, before: Sockets | None = None
+) -> OwnedConnection:
+    """Tag a connection that was just opened and note that this process owns it.
+
+    :param before: the sockets that there were before, if the driver may give no descriptor.
+    """
     driver = driver_of(connection)
     # If the driver fails here, that is no reason to lose a good connection: what can't be read is None.
     try:
         fd = driver.fileno(connection)
+        if fd is None and before is not None:
+            fd = driver.find_fileno(connection, before)
     except Exception:
         fd = None
     try:
