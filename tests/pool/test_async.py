@@ -49,8 +49,8 @@ def wire(tag: Any) -> tuple[int, int]:
 def run_in_own_loop(child: Callable[[], Coroutine[Any, Any, None]], how: How) -> None:
     """Run a loop in a child that was forked while one was running."""
     if how == "c":
-        # From 3.14 on, the running loop stands in the thread's state, and only PyOS_AfterFork_Child clears it.
-        # Before, it was remembered with the pid. Hosts that fork in C have no loop running: the next test.
+        # From 3.14 on, the running loop stands in the thread's state, and only PyOS_AfterFork_Child clears
+        # it. Before, it stood with the pid. Hosts that fork in C have no loop running: see the test below.
         asyncio._set_running_loop(None)
     asyncio.run(child())
 
@@ -137,7 +137,7 @@ def test_an_async_parent_never_notices(
 def test_a_fork_between_two_runs_of_the_parents_loop(
     postgres: EmbeddedPostgres, driver: str, how: How
 ) -> None:
-    """As under uWSGI: its master runs no loop, the application it imports has run one, each worker has its own."""
+    """As under uWSGI: its master runs no loop, the application has run one, each worker has its own."""
 
     async def open_one() -> tuple[AsyncConnection, int]:
         connection = await engine.connect()

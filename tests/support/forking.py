@@ -25,9 +25,9 @@ HOWS: list[How] = ["python", "c", "c with child hooks"]
 """The ways to fork that this Python has."""
 
 if sys.version_info >= (3, 14):
-    # From 3.14 on, PyOS_AfterFork_Child unlocks the import lock that PyOS_BeforeFork has taken. Without that one,
-    # CPython ends the child, of whatever application: "PyMutex_Unlock: unlocking mutex that is not locked". So do
-    # uWSGI's workers with `--py-call-osafterfork`; `--py-call-uwsgi-fork-hooks` calls both, as os.fork() does.
+    # From 3.14 on, PyOS_AfterFork_Child unlocks the import lock that PyOS_BeforeFork has taken. Without the
+    # latter CPython ends the child of any application: "PyMutex_Unlock: unlocking mutex that is not locked".
+    # uWSGI's workers end so with `--py-call-osafterfork`; `--py-call-uwsgi-fork-hooks` has it call both.
     HOWS.remove("c with child hooks")
 
 LIFE = 30.0
