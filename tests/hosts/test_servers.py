@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from engines import MakeEngine
+from forking import HOWS
 from parent import Parent, server_pid
 from sqlalchemy import Engine, create_engine, text
 from waiting import until
@@ -187,21 +188,28 @@ def gunicorn_help() -> str:
     ).stdout
 
 
+# By default uWSGI calls fork(2) and nothing of Python's (core/utils.c, `uwsgi_fork`).
+UWSGI_OPTIONS = {
+    "no hooks": [],
+    "threads": ["--enable-threads"],
+    # PyOS_BeforeFork, PyOS_AfterFork_Parent and PyOS_AfterFork_Child around it, if there are threads.
+    "hooks": ["--enable-threads", "--py-call-uwsgi-fork-hooks"],
+}
+if "c with child hooks" in HOWS:
+    UWSGI_OPTIONS["child hooks"] = ["--enable-threads", "--py-call-osafterfork"]  # PyOS_AfterFork_Child alone
+
+
 @pytest.mark.usefixtures("table")
-@pytest.mark.parametrize(
-    "options",
-    [[], ["--enable-threads"], ["--enable-threads", "--py-call-osafterfork"]],
-    ids=["no hooks", "threads", "hooks"],
-)
+@pytest.mark.parametrize("options", UWSGI_OPTIONS)
 def test_uwsgi_which_forks_in_c(
-    postgres: EmbeddedPostgres, observer: Engine, tmp_path: Path, options: list[str]
+    postgres: EmbeddedPostgres, observer: Engine, tmp_path: Path, options: str
 ) -> None:
     path = tmp_path / "uwsgi"
     mark = postgres.log_mark()
     arguments = [
         *(str(BIN / "uwsgi"), "--master", "--processes=2", f"--http-socket={path}"),
         *("--module=wsgi:application", "--need-app", "--die-on-term", f"--virtualenv={BIN.parent}"),
-        *options,
+        *UWSGI_OPTIONS[options],
     ]
     with server(arguments, tmp_path, DB_URL=postgres.url(tls=True)) as process:
         wait_until_it_answers(process, path)
