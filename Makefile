@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
-SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py -k 'eight or storm or many'
+SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py tests/hosts/test_hosts.py -k 'eight or storm or many or rows'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONPATH PYTHONHOME
@@ -34,7 +34,7 @@ bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (B
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
 	$(bounded) $(bin)/python -m pytest -m 'not system' $(PYTEST_ARGS)
 
-test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus and npm
+test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus, Redis and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an hour

@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hosting import BIN, LOG_PREFIX, PROGRAMS, TABLE, Host, Outcome, Run, web
+from hosting import BIN, LOG_PREFIX, PROGRAMS, TABLE, Host, Outcome, Run
+from serving import celery, dramatiq, program, rq, web
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -91,6 +92,26 @@ HOSTS = [
     Host("hypercorn", hypercorn(), inherits=False),
     Host("granian asgi", granian("asgi"), inherits=False),
     Host("granian wsgi", granian("wsgi"), inherits=False),
+    Host("Celery prefork", celery("--pool=prefork"), workers=1),  # it may give all tasks to one worker
+    Host(
+        "Celery prefork, max-tasks-per-child", celery("--pool=prefork", "--max-tasks-per-child=3"), workers=4
+    ),
+    Host("RQ", rq, workers=12, system=True),
+    Host("dramatiq", dramatiq, inherits=False, workers=1, system=True),
+    Host("multiprocessing.Pool, fork", program("pool, fork"), workers=3),
+    Host("multiprocessing.Pool, forkserver", program("pool, forkserver"), workers=3, inherits=False),
+    Host(
+        "multiprocessing.Pool, forkserver that preloads", program("pool, forkserver that preloads"), workers=3
+    ),
+    Host("multiprocessing.Pool, spawn", program("pool, spawn"), workers=3, inherits=False),
+    Host("multiprocessing.Process from threads", program("processes from threads"), workers=12),
+    Host("ProcessPoolExecutor, fork", program("executor, fork"), workers=1),
+    Host("ProcessPoolExecutor, forkserver", program("executor, forkserver"), workers=1, inherits=False),
+    Host("ProcessPoolExecutor, spawn", program("executor, spawn"), workers=1, inherits=False),
+    Host("joblib, multiprocessing", program("joblib, multiprocessing"), workers=1),
+    Host("joblib, loky", program("joblib, loky"), workers=1, inherits=False),
+    Host("subprocess with preexec_fn", program("preexec_fn"), workers=12),
+    Host("daemons", program("daemons"), workers=6, tasks=6),
 ]
 
 
@@ -108,7 +129,7 @@ class Runs:
             self.futures[host, pool] = self.executor.submit(self.run, host, pool, f"run{number}", place)
 
     def run(self, host: Host, pool: str, name: str, directory: Path) -> Outcome:
-        run = Run(host, pool, name, self.postgres, directory, host.tasks * (40 if SOAK else 1))
+        run = Run(host, pool, name, self.postgres, directory, host.tasks * (20 if SOAK else 1))
         try:
             host.serve(run)
         finally:
@@ -150,15 +171,22 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         request.config.stash[TABLE] = runs.table()
 
 
+def each(hosts: list[Host]) -> pytest.MarkDecorator:
+    marks = {False: (), True: pytest.mark.system}
+    return pytest.mark.parametrize(
+        "host", [pytest.param(host, id=host.name, marks=marks[host.system]) for host in hosts]
+    )
+
+
 @pytest.mark.parametrize("pool", ["pidpool"])
-@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
+@each(HOSTS)
 def test_all_rows_are_there(runs: Runs, host: Host, pool: str) -> None:
     outcome = runs.futures[host, pool].result()
     assert outcome.problems == []
 
 
 @pytest.mark.parametrize("pool", ["queue"])
-@pytest.mark.parametrize("host", [host for host in HOSTS if host.inherits], ids=lambda host: host.name)
+@each([host for host in HOSTS if host.inherits])
 def test_queuepool_loses_rows(runs: Runs, host: Host, pool: str) -> None:
     outcome = runs.futures[host, pool].result()
     assert outcome.found < outcome.expected or outcome.complaints

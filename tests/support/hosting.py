@@ -8,14 +8,11 @@ runs can go on side by side.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,6 +61,8 @@ class Host:
     inherits: bool = True
     """Whether its workers inherit connections: with `QueuePool` rows are lost then, or the log complains."""
     tasks: int = 12
+    system: bool = False
+    """Whether it needs a package of the system's: Redis."""
     to_all: bool = False
     """Whether SIGTERM has to go to the workers too."""
     says_goodbye: bool = True
@@ -94,7 +93,8 @@ class Run:
         self.pool = pool
         self.name = name
         self.tasks = tasks
-        self.patience = START if pool == "pidpool" else 10.0
+        # With QueuePool workers wait for answers that another one has read: not for long here.
+        self.patience = START + 0.5 * tasks if pool == "pidpool" else 10.0
         self.directory = directory
         self.log = directory / "log"
         self.report = directory / "report"
@@ -159,6 +159,18 @@ class Run:
             return []
         lines = [json.loads(line) for line in self.report.read_text().splitlines()]
         return [line for line in lines if line["what"] == what]
+
+    def wait_for_the_work(self, process: subprocess.Popen[bytes]) -> None:
+        """Return when all that was asked for has been done, or has failed; with `QueuePool` it may not be."""
+
+        def done() -> bool:
+            assert process.poll() is None, self.log.read_text()
+            return len(self.lines("row")) + len(self.lines("failed")) >= self.asked
+
+        try:
+            until(done, "the work is not done", self.patience, interval=0.05)
+        except AssertionError as error:
+            self.note(str(error))
 
     def workers_so_far(self) -> int:
         return len({line["pid"] for line in self.lines("row")})
@@ -244,66 +256,3 @@ class Run:
         return [
             f"processes {pids} shared session {number}" for number, pids in users.items() if len(pids) > 1
         ]
-
-
-class OverUnixSocket(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self.path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self.path))
-
-
-def web(*command: str, clients: int = 3, **environment: str) -> Callable[[Run], None]:
-    """A web server; `{socket}` in the command is the unix socket on which it has to listen."""
-
-    def serve(run: Run) -> None:
-        arguments = [argument.format(socket=run.socket) for argument in command]
-        with run.process(*arguments, **environment) as process:
-
-            def get(page: str, timeout: float) -> int:
-                connection = OverUnixSocket(run.socket, timeout)
-                try:
-                    connection.request("GET", page)
-                    return connection.getresponse().status
-                finally:
-                    connection.close()
-
-            def answers() -> bool:
-                assert process.poll() is None, run.log.read_text()
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    return get("/ready", 2.0) == 200
-                return False
-
-            until(answers, lambda: f"the server does not answer:\n{run.log.read_text()}", START)
-            next_number = threading.Lock()
-            deadline = time.monotonic() + run.patience
-
-            def load() -> None:
-                while True:
-                    with next_number:
-                        # One worker may have been given all of them: a few more then.
-                        enough = run.asked >= run.tasks and run.workers_so_far() >= run.host.workers
-                        if enough or (run.asked >= run.tasks and (run.failed or time.monotonic() > deadline)):
-                            return
-                        number, run.asked = run.asked, run.asked + 1
-                    try:
-                        status = get(f"/work/{number}", run.patience)
-                        if status != 200:
-                            run.failed = True
-                            run.note(f"request {number} was answered with {status}")
-                    except (OSError, http.client.HTTPException) as error:
-                        run.failed = True
-                        run.note(f"request {number} got no answer: {error!r}")
-
-            run.held_at_first = run.held_sessions()
-            threads = [threading.Thread(target=load) for _ in range(clients)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-
-    return serve

@@ -53,23 +53,24 @@ engine.connect().close()
 report("parent", owner, server_pid=held_is[0])
 
 first_use = threading.Lock()
-worked_in = owner  # the pid of the process that has used the held connection
+# Pids, since a child inherits what its parent has done already.
+used_held_in = owner
+ends_well_in: int | None = None
 ended_in: int | None = None
 
 
 def work(number: int) -> None:
     """Insert a row through the pool. The first time in a worker, do it on the parent's connection too."""
-    global worked_in
+    global used_held_in
+    end_well()
     try:
         with engine.begin() as connection:
             server_pid = insert(connection, "row", number)
         report("row", number, server_pid=server_pid)
         if os.getpid() != owner:
             with first_use:  # never in the owner, from which a child would inherit it locked
-                if worked_in != os.getpid():
-                    worked_in = os.getpid()
-                    # A worker of multiprocessing ends by os._exit(), after the finalizers registered in it.
-                    multiprocessing.util.Finalize(None, end, exitpriority=10)
+                if used_held_in != os.getpid():
+                    used_held_in = os.getpid()
                     use_what_is_held(number)
     except BaseException as error:
         report("failed", number, error=str(error).strip())
@@ -88,6 +89,14 @@ def use_what_is_held(number: int) -> None:
     report("held", number, server_pid=server_pid, error=error)
 
 
+def end_well() -> None:
+    """Have `end` run in a worker of multiprocessing too, which ends by os._exit() after its finalizers."""
+    global ends_well_in
+    if ends_well_in != os.getpid():
+        ends_well_in = os.getpid()
+        multiprocessing.util.Finalize(None, end, exitpriority=10)
+
+
 def end() -> None:
     """End as a process should: the parent commits, and all close their connections."""
     global ended_in
@@ -102,9 +111,20 @@ def end() -> None:
                 insert(connection, "pool", owner)
         except BaseException as error:
             report("failed", owner, error=str(error).strip())
+    leave()
+
+
+def leave() -> None:
+    """Close this process's connections, and lose those of its parent."""
     held.close()
     engine.dispose()
 
 
+def work_and_leave(number: int) -> None:
+    """Work in a child that is ended without exit handlers afterwards."""
+    work(number)
+    if os.getpid() != owner:
+        leave()
+
+
 atexit.register(end)
-multiprocessing.util.Finalize(None, end, exitpriority=10)
