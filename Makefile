@@ -13,6 +13,10 @@ TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
 SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py tests/hosts/test_hosts.py -k 'eight or storm or many or rows'
 
+# Each has a virtual environment of its own, since their pins conflict.
+APPLICATIONS ?= optuna
+optuna := 'optuna>=4'
+
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONPATH PYTHONHOME
 
@@ -20,7 +24,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --editable
 bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
 
-.PHONY: help demo bench test test-system soak sqlalchemy-suite lint format build clean
+.PHONY: help demo bench test test-system test-applications soak sqlalchemy-suite lint format build clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -32,10 +36,13 @@ bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (B
 	$(bin)/python -m bench $(BENCH_ARGS)
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
-	$(bounded) $(bin)/python -m pytest -m 'not system' $(PYTEST_ARGS)
+	$(bounded) $(bin)/python -m pytest -m 'not system and not applications' $(PYTEST_ARGS)
 
 test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus, Redis and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
+
+test-applications: $(VENV)/.dev $(APPLICATIONS:%=.venv-%/.made) ## run applications of others by their database URL alone
+	$(bin)/python -m pytest $(APPLICATIONS:%=tests/applications/test_%.py) $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an hour
 	PIDPOOL_SOAK=1 PIDPOOL_FORKS=20000 $(bin)/python -m pytest --timeout=3600 $(SOAK)
@@ -68,6 +75,11 @@ $(VENV)/.demo: pyproject.toml
 	    { echo "$(PYTHON) can't make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(pip) '.[demo]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
+.venv-%/.made: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --no-compile --editable . $($*)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo

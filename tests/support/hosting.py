@@ -94,7 +94,7 @@ class Run:
         self.name = name
         self.tasks = tasks
         # With QueuePool workers wait for answers that another one has read: not for long here.
-        self.patience = START + 0.5 * tasks if pool == "pidpool" else 10.0
+        self.patience = START + 2.0 * tasks if pool == "pidpool" else 10.0
         self.directory = directory
         self.log = directory / "log"
         self.report = directory / "report"

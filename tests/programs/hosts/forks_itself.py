@@ -21,7 +21,8 @@ WORKERS = 2
 
 def pool(method: str) -> Callable[[int], None]:
     def run(tasks: int) -> None:
-        with multiprocessing.get_context(method).Pool(WORKERS, shop.end_well, maxtasksperchild=4) as workers:
+        context = multiprocessing.get_context(method)
+        with context.Pool(WORKERS, shop.end_well, maxtasksperchild=max(4, tasks // 10)) as workers:
             workers.map(shop.work, range(tasks), chunksize=1)
             workers.close()  # lets them end by themselves; leaving the block would kill them
             workers.join()
