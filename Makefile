@@ -13,7 +13,11 @@ BENCH_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
-SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py -k 'eight or storm or many'
+SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py tests/hosts/test_hosts.py -k 'eight or storm or many or rows'
+
+# Each has a virtual environment of its own, since their pins conflict.
+APPLICATIONS ?= optuna
+optuna := 'optuna>=4'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONPATH PYTHONHOME
@@ -22,7 +26,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --editable
 bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
 
-.PHONY: help demo bench test test-system soak sqlalchemy-suite lint format build clean
+.PHONY: help demo bench test test-system test-applications soak sqlalchemy-suite lint format build clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -34,10 +38,13 @@ bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (B
 	$(bin)/python -m bench $(BENCH_ARGS)
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded', PROCESSES=0)
-	$(bounded) $(bin)/python -m pytest -m 'not system' -n $(PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	$(bounded) $(bin)/python -m pytest -m 'not system and not applications' -n $(PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
-test-system: $(VENV)/.system ## run the tests that need Chromium, MariaDB, PgBouncer, Prometheus and npm
+test-system: $(VENV)/.system ## run the tests that need Chromium, MariaDB, PgBouncer, Prometheus, Redis and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
+
+test-applications: $(VENV)/.dev $(APPLICATIONS:%=.venv-%/.made) ## run applications of others by their database URL alone
+	$(bin)/python -m pytest $(APPLICATIONS:%=tests/applications/test_%.py) $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an hour
 	PIDPOOL_SOAK=1 PIDPOOL_FORKS=20000 $(bin)/python -m pytest --timeout=3600 $(SOAK)
@@ -70,6 +77,11 @@ $(VENV)/.demo: pyproject.toml
 	    { echo "$(PYTHON) can't make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(pip) '.[demo]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
+.venv-%/.made: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --no-compile --editable . $($*)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo
