@@ -73,8 +73,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @click.option(
     "--database",
     metavar="URL",
-    help="SQLAlchemy URL of a PostgreSQL to use. Default: start one for this run. The demo creates tables "
-    "named pidpool_demo_... there and drops them. It can't read that server's log, so the table shows "
+    help="SQLAlchemy URL of a PostgreSQL to use. Default: start one for this run. The demo creates tables there "
+    "whose names begin with pidpool_demo, and drops them. It can't read that server's log, so the table shows "
     "complaints as unknown.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output instead of a table.")
