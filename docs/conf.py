@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: `make docs`. Nothing is fetched, neither here nor by a reader's browser."""
+"""How Sphinx builds the documentation: `make docs`. Neither it nor a reader's browser fetches anything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 project = "pidpool"
-copyright = "pidpool contributors"  # noqa: A001, Sphinx's name for it
+copyright = "pidpool contributors"
 release = version = version_of("pidpool")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click", "metrics_table"]
@@ -29,6 +29,7 @@ html_theme = "furo"
 html_title = "pidpool"
 html_static_path = ["static"]
 html_css_files = ["page.css"]
+html_js_files = [("barriers.js", {"defer": "defer"})]
 html_show_sourcelink = False
 html_copy_source = False
 pygments_style = "a11y-high-contrast-light"

@@ -32,7 +32,11 @@ class MetricsTable(SphinxDirective):
         lines = ["```{list-table}", ":header-rows: 1", "", "* - name", "  - kind, by", "  - counts"]
         for name, kind, attribute, description in rows():
             by = f", by `{attribute}`" if attribute else ""
-            lines += [f"* - `{name}`<br>`{in_prometheus(name, kind)}`", f"  - {kind}{by}", f"  - {description}"]
+            lines += [
+                f"* - `{name}`<br>`{in_prometheus(name, kind)}`",
+                f"  - {kind}{by}",
+                f"  - {description}",
+            ]
         lines.append("```")
         found = nodes.container()
         self.state.nested_parse(StringList(lines, "the table of metrics"), self.content_offset, found)

@@ -1,4 +1,4 @@
-"""Makes pictures/page.png, the picture of the stats page: python docs/page_picture.py, in the tests' environment.
+"""Makes pictures/page.png, a picture of the stats page, in the environment of the tests.
 
 A master with a transaction open forks three workers, one of which is killed, on a PostgreSQL of its own.
 """
@@ -35,7 +35,12 @@ def work(engine: Engine, started: int) -> None:
 def main() -> None:
     with EmbeddedPostgres() as postgres, tempfile.TemporaryDirectory() as profile:
         engine = create_engine(
-            postgres.url(), poolclass=PidPool, pool_size=2, max_overflow=3, pool_logging_name="shop", family_limit=12
+            postgres.url(),
+            poolclass=PidPool,
+            pool_size=2,
+            max_overflow=3,
+            pool_logging_name="shop",
+            family_limit=12,
         )
         ready, started = os.pipe()
         with engine.connect() as transaction:

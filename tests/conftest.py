@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from browser import install_axe
 from engines import MakeEngine
 from sqlalchemy import Engine, create_engine, text
 
@@ -18,6 +19,11 @@ from pidpool.tools.demo.postgres import EmbeddedPostgres
 def postgres() -> Iterator[EmbeddedPostgres]:
     with EmbeddedPostgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return install_axe(tmp_path_factory.mktemp("axe"))
 
 
 @pytest.fixture(params=["tls", "plain"])

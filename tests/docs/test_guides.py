@@ -52,7 +52,9 @@ class Adapted:
         text = re.sub(r"(?<=127\.0\.0\.1)(:| --port )(\d+)", self._port, text)
         text = re.sub(r"(?<=listen_port)( = )(\d+)", self._port, text)
         url = make_url(self.postgres.url())
-        text = text.replace("port=5432 dbname=app", f"port={url.port} dbname={url.database} user={url.username}")
+        text = text.replace(
+            "port=5432 dbname=app", f"port={url.port} dbname={url.database} user={url.username}"
+        )
         text = re.sub(r"app@127\.0\.0\.1:(\d+)/app", rf"{url.username}@127.0.0.1:\1/{url.database}", text)
         text = text.replace("app = host", f"{url.database} = host")
         if os.geteuid() == 0:  # as which PgBouncer refuses to run
