@@ -6,9 +6,8 @@ import asyncio
 import weakref
 from collections.abc import Callable
 
-from sqlalchemy.util import await_only, greenlet_spawn
-
 from pidpool._sqlalchemy.async_idle_queue import AsyncIdleQueuePool
+from pidpool._sqlalchemy.asyncio_adapter import await_only, greenlet_spawn
 from pidpool.pool import PidPool
 
 

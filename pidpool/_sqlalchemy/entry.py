@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
-from pidpool.drivers import driver_of
+from pidpool.drivers import driver_of, sockets_before, unknown_driver
 from pidpool.events.pool_events import PoolEvents
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, openssl, ownership, severing
@@ -91,12 +91,13 @@ class PidPoolEntry(_ConnectionRecord):
 
         :param create: SQLAlchemy's function that opens one for an entry.
         """
+        before = sockets_before(getattr(self.pidpool.engine_dialect, "driver", None))
         connection = create(self)
         openssl.look(type(connection).__module__)
         if fork_state[0] == FORKED:
             detection.notice_fork()  # the creator has forked: the child's connection is no inherited one
         sever = self.pidpool.inherited_sockets == "sever"
-        self.own(ownership.tag_connection(connection, self, sever=sever))
+        self.own(ownership.tag_connection(connection, self, sever=sever, before=before))
         self._hand_permit_over(connection)
         self.pidpool.start_idle_thread()
         severing.dead_socket()  # made ahead, for a child at its limit of open files
@@ -215,6 +216,9 @@ class PidPoolEntry(_ConnectionRecord):
                 self.permit = None
         if self.owned is not None:
             self.pool_events.connection_opened(self.owned.tag, took)
+            unknown = unknown_driver(self.dbapi_connection)
+            if unknown is not None:
+                self.pool_events.driver_unknown(unknown, self.owned.tag)
 
     def close(self) -> None:
         if self._let_go_if_inherited():

@@ -106,6 +106,7 @@ class PoolEvents:
         """``is_enabled(level)`` says whether an event of this level would be logged at present."""
         self.forked_at: ForkingLines | None = None
         """The line of the last fork, with its callers; in a child that of the fork which made it."""
+        self._is_driver_known = True
         self._note_waiting = note_waiting
         self._waiting: deque[_WaitingEvent | tuple[Callable[..., None], Any]] = deque(maxlen=MOST_WAITING)
 
@@ -344,6 +345,12 @@ class PoolEvents:
             other_limit=other_limit,
             other_pid=other_pid,
         )
+
+    def driver_unknown(self, driver: str, tag: ConnectionTag) -> None:
+        """pidpool does not know the driver, so it can't read the state of a transaction; logged once."""
+        if self._is_driver_known:
+            self._is_driver_known = False
+            self._emit("warning", "driver.unknown", driver=driver, has_descriptor=tag.fd is not None)
 
     # -- how an event is logged
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from engines import MakeEngine
 from events import Events
-from forking import run_in_child
+from forking import HOWS, run_in_child
 from sqlalchemy import Engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -250,6 +250,6 @@ def test_a_fork_that_is_noticed_later_has_no_line(tls_url: str, make_engine: Mak
 
     with engine.connect():
         assert run_in_child(child, how="c") == [None, None]
-        with_hook = run_in_child(child, how="c with child hooks")
-    assert len(with_hook) == 2 and all(each.rpartition(" in ")[2] for each in with_hook)
-    assert [each.split(" < ")[0].rpartition(" in ")[2] for each in with_hook] == ["fork", "fork"]
+        if "c with child hooks" in HOWS:
+            with_hook = run_in_child(child, how="c with child hooks")
+            assert [each.split(" < ")[0].rpartition(" in ")[2] for each in with_hook] == ["fork", "fork"]

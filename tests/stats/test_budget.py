@@ -133,6 +133,27 @@ def test_the_permits_of_the_killed_are_there_again() -> None:
     assert len(take_all(budget)) == 5
 
 
+def take_give_back_and_take_all(family: Family, instruction: int) -> None:
+    """Take a permit, give it back, take another, and want one more; be killed at one instruction of that.
+
+    The sum has a permit of a process that was killed, so the last but one is taken after a reckoning.
+    """
+    budget = budget_of(family)
+    kill_at(instruction, budget_module, family_module, process_counters, robust_lock)
+    permit = budget.take()
+    assert permit is not None
+    permit.give_back()
+    kept = [budget.take()]
+    kept.append(budget.take())
+    assert None not in kept
+    budget.begin_wish()
+    budget.wish()
+    assert budget.take() is None
+    budget.end_wish()
+    kept.clear()  # as garbage
+    sys.settrace(None)
+
+
 def die_with_a_permit(family: Family) -> None:
     pid = os.fork()
     if pid == 0:
@@ -142,34 +163,15 @@ def die_with_a_permit(family: Family) -> None:
 
 
 def test_a_process_killed_at_any_instruction_takes_no_permit_with_it_and_blocks_none() -> None:
-    """One child for each (in short: each 17th) instruction of taking and giving back.
-
-    The sum has a permit of a process that was killed, so one is taken after a reckoning.
-    """
+    """One child for each (in short: each 17th) instruction of taking and giving back."""
     step = 1 if "PIDPOOL_SOAK" in os.environ else 17
-
-    def take_and_give_back(family: Family, instruction: int) -> None:
-        budget = budget_of(family)
-        kill_at(instruction, budget_module, family_module, process_counters, robust_lock)
-        permit = budget.take()
-        assert permit is not None
-        permit.give_back()
-        kept = [budget.take()]
-        kept.append(budget.take())
-        assert None not in kept
-        budget.begin_wish()
-        budget.wish()
-        assert budget.take() is None
-        budget.end_wish()
-        kept.clear()  # as garbage
-
     killed, instruction = True, 0
     while killed:
         family = Family(5, 10, limit=3)
         budget = budget_of(family)
         kept = budget.take()
         die_with_a_permit(family)
-        killed = is_killed(functools.partial(take_and_give_back, family, instruction))
+        killed = is_killed(functools.partial(take_give_back_and_take_all, family, instruction))
         taken: list[Permit] = []
 
         def takes_all(taken: list[Permit] = taken, budget: Budget = budget) -> bool:

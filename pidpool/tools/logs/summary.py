@@ -97,6 +97,7 @@ class Summary:
             "pool.over_maximum": self._over_maximum,
             "family.private": self._noted,
             "family.limits_differ": self._noted,
+            "driver.unknown": self._noted,
         }
 
     @property
@@ -429,6 +430,7 @@ NOTABLE = frozenset(
         "pool.forked",
         "pool.adopted",
         "pool.over_maximum",
+        "driver.unknown",
     ]
 )
 """Events that are worth a line while a log is followed."""
