@@ -205,7 +205,7 @@ class HookedQueuePool(QueuePool):
                 raise self._timed_out()
 
     def is_parents(self, entry: Any) -> bool:
-        """Return whether the entry is the parent's, since this is a child that was forked while it was opened.
+        """Return whether the entry is the parent's: this is a child that was forked while it was opened.
 
         A connect listener has forked, or the creator. Then the connection may be this process's own already;
         its entry is not counted here, so the connection is closed.
