@@ -11,7 +11,8 @@ BENCH_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
-SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py -k 'eight or storm or many'
+SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py tests/forks/test_transfers.py \
+        -k 'eight or storm or many'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONPATH PYTHONHOME
