@@ -91,6 +91,7 @@ class PidPool(HookedQueuePool):
     :raises ValueError: if an option has a value that it does not take.
     :raises TypeError: if an option has a value of the wrong type.
     :raises PermissionError: if the family's file is not this user's own.
+    :raises OSError: if there is a `family_limit`, and the system has no memory to share.
     """
 
     on_foreign: OnForeign

@@ -322,7 +322,10 @@ class PoolEvents:
         )
 
     def family_private(self, family: str | None, reason: str) -> None:
-        """A named family can't be shared: it is this process and those forked from it."""
+        """A family can't be shared: a named one is this process and those forked from it.
+
+        Without memory for those, each process is listed alone.
+        """
         self._emit("warning", "family.private", family=family, reason=reason)
 
     # -- how an event is logged

@@ -85,7 +85,10 @@ def named(
     """
     library = _library()
     with _locked_file(f"{name}.{_namespace('pid')}.{_namespace('ipc')}.{LAYOUT}-{shape}") as (file, path):
-        text = os.pread(file, 100, 0)
+        try:
+            text = os.pread(file, 100, 0)
+        except OSError as error:
+            raise NoSharedMemory(f"{path} can't be read: {error.strerror}") from None
         found = _TEXT.fullmatch(text)
         if text and not found:
             raise FamilyRefused(
@@ -132,7 +135,10 @@ def _locked_file(name: str) -> Iterator[tuple[int, str]]:
     try:
         _check(os.fstat(file), stat.S_ISREG, 0o600, f"{path}/{name}")
         # A few system calls long, and let go by the kernel if its process is killed.
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            raise NoSharedMemory(f"{path}/{name} can't be locked: {error.strerror}") from None
         yield file, f"{path}/{name}"
     finally:
         os.close(file)
@@ -151,6 +157,8 @@ def _open_directory() -> tuple[int, str]:
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise NoSharedMemory(f"{path} can't be opened: {error.strerror}") from None
         raise FamilyRefused(f"{path} is no directory of this user's: {error.strerror}; remove it") from None
     try:
         _check(os.fstat(directory), stat.S_ISDIR, 0o700, path)
