@@ -41,7 +41,7 @@ def _log() -> None:
     # A child that has used no pool logs what its at-fork hook let go of.
     if fork_state[0] != UNREPORTED and not (detection.is_hooked() and owned_connections):
         return
-    # Quiet if the log is closed already: nobody could mend that.
+    # Quiet if the log is closed already: the process ends, and nothing can be done about it.
     complaining, logging.raiseExceptions = logging.raiseExceptions, False
     until = time.monotonic() + LOG_SECONDS
     try:

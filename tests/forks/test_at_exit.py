@@ -81,11 +81,11 @@ def run(how: str, postgres: EmbeddedPostgres, log: Path) -> tuple[list[Any], lis
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    told = event_logs.read(log)
-    parent = next((event["pid"] for event in told), None)
+    logged = event_logs.read(log)
+    parent = next((event["pid"] for event in logged), None)
     return (
-        [event for event in told if event["pid"] == parent],
-        [event for event in told if event["pid"] != parent],
+        [event for event in logged if event["pid"] == parent],
+        [event for event in logged if event["pid"] != parent],
         done.stderr,
     )
 

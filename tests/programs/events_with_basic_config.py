@@ -1,4 +1,4 @@
-"""structlog not configured: the events are lines of the stdlib logger `pidpool`, as README.md has it."""
+"""structlog not configured: the events are lines of the stdlib's logger `pidpool`, as in docs/watching.md."""
 
 import logging
 import sys
