@@ -200,12 +200,11 @@ class PidPoolEntry(_ConnectionRecord):
     def _ConnectionRecord__connect(self) -> None:
         # Every connect and reconnect of an entry passes here, its first-connect events included. A fork has
         # to wait for all of it: a dialect half initialised by another thread would stay so in the child.
+        if self.permit is None:
+            self.permit = self.pidpool.wait_for_permit()
         self.close_reason = "failed"
         started = time.perf_counter()
         try:
-            if self.permit is None:
-                self.permit = self.pidpool.wait_for_permit()
-            started = time.perf_counter()
             took = detection.hold_forks_during(super()._ConnectionRecord__connect)  # type: ignore[misc]
         except BaseException as error:
             self.pool_events.connection_failed(error, time.perf_counter() - started)

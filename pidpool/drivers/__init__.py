@@ -16,7 +16,16 @@ from pidpool.drivers.psycopg2 import Psycopg2
 from pidpool.drivers.sockets import Sockets
 from pidpool.drivers.sqlite import AioSQLite, SQLite
 
-__all__ = ["Adapted", "Driver", "Settings", "Sockets", "driver_of", "sockets_before", "unknown_driver"]
+__all__ = [
+    "Adapted",
+    "Driver",
+    "Settings",
+    "Sockets",
+    "driver_of",
+    "sockets_before",
+    "under_adapter",
+    "unknown_driver",
+]
 
 _KNOWN: dict[str, Driver] = {
     "psycopg2": Psycopg2(),
@@ -37,6 +46,11 @@ _UNDER_ADAPTER: dict[str, Driver] = {
 _WITHOUT_DESCRIPTOR = ("mysqlconnector",)
 """SQLAlchemy's names of the drivers whose socket may have to be found."""
 _UNKNOWN = Driver()
+
+
+def under_adapter(connection: object) -> object:
+    """Return the driver's connection under SQLAlchemy's adapter for asyncio; None without an adapter."""
+    return connection.driver_connection if isinstance(connection, AdaptedConnection) else None
 
 
 def driver_of(connection: object) -> Driver:

@@ -1,4 +1,4 @@
-"""The README's table of drivers says what the code does, and which of them are tested."""
+"""The documentation's table of drivers says what the code does, and which of them are tested."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pidpool import drivers
 from pidpool.drivers import Driver
 from pidpool.drivers.sqlite import AioSQLite, SQLite
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "drivers.md").read_text()
 
 
 def rows() -> Iterator[list[str]]:
-    for row in README[README.index("| driver | sockets") :].splitlines()[2:]:
+    for row in PAGE[PAGE.index("| driver | sockets") :].splitlines()[2:]:
         if not row.startswith("|"):
             return
         yield [cell.strip() for cell in row.strip("|").split(" | ")]

@@ -262,8 +262,14 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
     event_logs.run(program, log, postgres.url(tls=True))
     known = {each["event"] for each in event_logs.read(log)}
     # Those take a refusal, a small server, a family of several processes, or another driver.
-    not_here = {"connection.refused", "pool.over_maximum", "connection.given_back", "family.private"}
-    not_here.add("driver.unknown")
+    not_here = {
+        "connection.refused",
+        "pool.over_maximum",
+        "connection.given_back",
+        "driver.unknown",
+        "family.private",
+        "family.limits_differ",
+    }
     assert known == summary.Summary()._takes.keys() - not_here
     found = as_json(log)
     assert found["foreign_lines"] == 0

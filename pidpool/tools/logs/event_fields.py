@@ -17,6 +17,7 @@ PIDPOOL = frozenset(
         *("parent_pid", "trigger", "connects_in_flight", "closed"),
         *("processes", "maximum", "server_max_connections", "family", "driver", "has_descriptor"),
         *("family_limit", "family_used", "family_idle", "family_wanting", "holders"),
+        *("other_limit", "other_pid"),
     ]
 )
 """The fields that the methods of `PoolEvents` write; tests/tools/test_logs.py compares the two."""

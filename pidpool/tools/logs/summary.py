@@ -96,6 +96,7 @@ class Summary:
             "pool.disposed": self._disposed,
             "pool.over_maximum": self._over_maximum,
             "family.private": self._noted,
+            "family.limits_differ": self._noted,
             "driver.unknown": self._noted,
         }
 
