@@ -6,6 +6,8 @@ VENV ?= .venv
 # Further requirements for pip, for example: make test VENV=.venv-2.0 REQUIRE='sqlalchemy==2.0.*'
 REQUIRE ?=
 PYTEST_ARGS ?=
+# How many processes `make test` runs tests in, each with a PostgreSQL of its own; 0 for make's child alone.
+PROCESSES ?= logical
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
@@ -35,8 +37,8 @@ demo: $(VENV)/.demo ## fork over a real PostgreSQL with TLS: SQLAlchemy's pool, 
 bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (BENCH_ARGS=--quick: see that it runs)
 	$(bin)/python -m bench $(BENCH_ARGS)
 
-test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
-	$(bounded) $(bin)/python -m pytest -m 'not system and not applications' $(PYTEST_ARGS)
+test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded', PROCESSES=0)
+	$(bounded) $(bin)/python -m pytest -m 'not system and not applications' -n $(PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus, Redis and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)

@@ -334,7 +334,7 @@ class Family:
             self._cells[_SERVER_MAX] = _ANSWER + (ask() or 0)
 
     def exceeds_server(self, name: str) -> FamilyStats | None:
-        """Return a snapshot if the family's processes may have more connections than the server takes.
+        """Return a snapshot if the family's processes may have more connections than the server allows.
 
         Otherwise, and after the first time in the family's life, return None.
         """

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LAYOUT = 1
+LAYOUT = 2
 """Grows with every change of what the cells mean."""
 
 DIRECTORY_VARIABLE = "PIDPOOL_FAMILY_DIR"
@@ -77,7 +77,7 @@ def named(
 ) -> memoryview:
     """Return the memory of the family of this name, made afresh if no process has it.
 
-    :param shape: tells families apart whose memory has another form.
+    :param shape: the form of the memory; families of another form are kept apart by it.
     :param key_of: reads the key that `prepare` has written.
     :param prepare: called once for new memory, which is zeroed, with the key to write.
     :raises FamilyRefused: if the family's file is another user's, open to others, or no file of pidpool's.

@@ -167,7 +167,7 @@ def test_the_line_that_forked_is_in_the_parents_events_and_the_childs(
         return third()
 
     with engine.connect():
-        line, told = second()
+        line, logged = second()
         engine.connect().close()
     lines = events.the("pool.forked")["forked_at"].split(" < ")
     assert lines[0] == line
@@ -178,7 +178,7 @@ def test_the_line_that_forked_is_in_the_parents_events_and_the_childs(
         here().rpartition(" in ")[2],
     ]
     for name in ("pool.adopted", "connection.inherited"):
-        (event_,) = [each for each in told if each["event"] == name]
+        (event_,) = [each for each in logged if each["event"] == name]
         assert event_["forked_at"].split(" < ") == lines
 
 

@@ -62,7 +62,7 @@ def running(command: list[str], log: Path, **options: Any) -> Iterator[subproces
 def pgbouncer(postgres: EmbeddedPostgres) -> Iterator[str]:
     """Run a PgBouncer before the server; gives the URL to connect to through it."""
     url, port = make_url(postgres.url(tls=True)), free_port()
-    # It refuses to run as root, and nobody has to be able to read what it is given.
+    # It refuses to run as root, and the user `nobody` has to be able to read its files.
     directory = Path(tempfile.mkdtemp(prefix="pidpool-pgbouncer-"))
     try:
         directory.chmod(0o755)
@@ -168,7 +168,7 @@ scrape_configs:
 @contextmanager
 def child_with_a_connection(engine: Engine) -> Iterator[int]:
     """Fork a child that checks out three times, and keeps the last one until this ends."""
-    told, tell = os.pipe()
+    reader, writer = os.pipe()
     leave, left = os.pipe()
     child = os.fork()
     if child == 0:
@@ -178,7 +178,7 @@ def child_with_a_connection(engine: Engine) -> Iterator[int]:
                 with engine.connect() as connection:
                     connection.execute(text("select 1"))
             with engine.connect():
-                os.write(tell, b".")
+                os.write(writer, b".")
                 os.read(leave, 1)
             engine.dispose()
             os._exit(0)
@@ -186,12 +186,12 @@ def child_with_a_connection(engine: Engine) -> Iterator[int]:
             os._exit(1)
     os.close(leave)
     try:
-        assert os.read(told, 1) == b"."
+        assert os.read(reader, 1) == b"."
         yield child
     finally:
         os.close(left)
         _, status = os.waitpid(child, 0)
-        for descriptor in (told, tell):
+        for descriptor in (reader, writer):
             os.close(descriptor)
     assert status == 0
 
@@ -212,7 +212,7 @@ def test_prometheus_knows_the_figures_of_the_family(
         own = server_pid(mine)
         mine.commit()
         with child_with_a_connection(engine), prometheus(tmp_path, stats, "s3cret") as server:
-            until(lambda: server.value("pidpool_processes") == 2, "Prometheus does not know of the child")
+            until(lambda: server.value("pidpool_processes") == 2, "Prometheus does not count the child")
             label = 'db_client_connection_pool_name="shop",job="shop"'
             expected = {
                 'up{job="shop"}': 1,

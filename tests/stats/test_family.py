@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ import pytest
 from engines import MakeEngine
 from events import Events
 from forking import How, fork, run_in_child
+from killing import is_killed, kill_at
 from parent import Parent
 from sqlalchemy import event, exc, text
 from waiting import until
@@ -117,6 +118,7 @@ def test_a_snapshot_shows_the_state_of_the_pool(tls_url: str, make_engine: MakeE
         "failed": 0,
         "given back": 0,
         "idle": 0,
+        "collected": 0,
     }
     detached = engine.connect()
     detached.detach()
@@ -470,24 +472,10 @@ def test_a_process_killed_at_any_instruction_of_joining_changes_no_sum(
     process that has ended."""
     monkeypatch.setattr(family_module, "BLOCKS", 2)
     step = 1 if "PIDPOOL_SOAK" in os.environ else 5
-    codes = {family_module.__file__, process_counters.__file__}
 
     def join(memory: Family, instruction: int) -> None:
-        left = instruction
-
-        def trace(frame: Any, event: str, argument: object) -> Any:
-            nonlocal left
-            if frame.f_code.co_filename in codes:
-                frame.f_trace_opcodes = True
-                frame.f_trace_lines = False
-                left -= event == "opcode"
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        sys.settrace(trace)
+        kill_at(instruction, family_module, process_counters)
         memory.join(parent_pid=os.getppid())
-        sys.settrace(None)
 
     killed = True
     for instruction in range(0, 10_000, step):
@@ -496,13 +484,7 @@ def test_a_process_killed_at_any_instruction_of_joining_changes_no_sum(
         ended = memory.join(parent_pid=os.getpid())
         ended.add(Count.TIMEOUTS, 7)
         ended.cells[process_counters.ENDED] = 1
-        pid = os.fork()
-        if pid == 0:
-            try:
-                join(memory, instruction)
-            finally:
-                os._exit(0)
-        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        killed = is_killed(functools.partial(join, memory, instruction))
         assert memory.read("pool").counters.timeouts == 7, instruction
         memory.join(parent_pid=os.getpid()).add(Count.TIMEOUTS)
         stats = memory.read("pool")
@@ -682,13 +664,13 @@ def test_a_snapshot_as_dicts_has_all_its_fields() -> None:
     held = pool.connect()
     run_in_child(use, pool)
     stats = pool.family_stats()
-    told = json.loads(json.dumps(stats.to_dict()))
+    plain = json.loads(json.dumps(stats.to_dict()))
     fields = json.loads(json.dumps(dataclasses.asdict(stats)))
     derived = {"alive": 1, "maximum": 15, "idle": 0, "used": 1, "waiting": 0, "overdue": None}
     derived |= {"permits": 0, "wanting": 0}
     for each, process in zip(fields["processes"], stats.processes, strict=True):
         each["maximum"] = process.maximum
-    assert told == {**fields, **derived}
+    assert plain == {**fields, **derived}
     held.close()
 
 

@@ -329,7 +329,7 @@ def test_a_pool_that_may_have_more_connections_than_its_server_takes_is_named(lo
     write(log, [*a_log_of(10), event("pool.over_maximum", 10, 3, **over)])
     assert as_json(log)["over_maximum"] == [{"at": AT + 3, "process": "10", "pool": "app", **over}]
     shown = logs(log).output
-    assert "app: 4 processes, 60 connections at most; the server takes 40" in shown
+    assert "app: 4 processes, 60 connections at most; the server allows 40" in shown
     (line,) = followed_lines([event("pool.over_maximum", 10, 3, **over)])
     assert "pool.over_maximum  processes=4  maximum=60  server_max_connections=40" in line
 
