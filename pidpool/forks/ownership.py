@@ -91,8 +91,14 @@ class OwnedConnection:
         self.identity = identity
         self._key = id(connection)
         self._entry: weakref.ref[Entry] = weakref.ref(entry)
-        self._connection: weakref.ref[Any] | None
-        self._adapted: weakref.ref[Any] | None = None
+        self._connection = self._watch(connection)
+        self._driver_connection = None
+        if self._connection is None:
+            # Of a collected checkout SQLAlchemy drops the connection if the driver can't close it in a
+            # finalizer, as psycopg (tests/pool/test_async.py::test_a_collected_checkout_is_closed_as_such).
+            self._driver_connection = self._watch(under_adapter(connection))
+
+    def _watch(self, connection: Any) -> weakref.ref[Any] | None:
         try:
             return None if connection is None else weakref.ref(connection, self._collected)
         except TypeError:  # has no weak references: pyodbc's, SQLAlchemy's adapters for asyncio
@@ -132,7 +138,7 @@ class OwnedConnection:
 
     def detach(self, checkout: Any) -> None:
         """Note that the checkout has taken the connection out of the pool."""
-        is_watched = self._connection is not None or self._adapted is not None
+        is_watched = self._connection is not None or self._driver_connection is not None
         # If nothing else can be: then the connection ends with the checkout, unless it is kept by itself.
         self.detached = weakref.ref(checkout, None if is_watched else self._collected)
         if owned_connections.get(self._key) is self:
