@@ -195,8 +195,8 @@ def _take_over(fork: NoticedFork) -> None:
     for owned in list(owned_connections.values()):
         connection = owned.connection()
         if connection is None:
-            # Detached and dropped before the fork was noticed. An adapter of SQLAlchemy's for asyncio has no
-            # weak reference whose end would have severed it (test_async.py::test_an_async_parent_never_notices).
+            # Detached, and dropped before the fork was noticed. SQLAlchemy's adapters for asyncio take no
+            # weak reference, whose end would have severed it (tests/pool/test_async.py).
             owned.sever_socket()
             continue
         if isinstance(connection, DisownedConnection):
