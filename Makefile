@@ -8,6 +8,8 @@ REQUIRE ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+# For example: make test-versions VERSIONS_ARGS='--short 3.14'
+VERSIONS_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
@@ -20,7 +22,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --editable
 bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
 
-.PHONY: help demo bench test test-system soak sqlalchemy-suite lint format build clean
+.PHONY: help demo bench test test-system test-versions soak sqlalchemy-suite lint format build clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -36,6 +38,9 @@ test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
 
 test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
+
+test-versions: ## run the library's tests on Python 3.10 to 3.15 and SQLAlchemy 2.0.31 to its newest (as root)
+	bash .ci/versions $(VERSIONS_ARGS)
 
 soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an hour
 	PIDPOOL_SOAK=1 PIDPOOL_FORKS=20000 $(bin)/python -m pytest --timeout=3600 $(SOAK)
@@ -58,7 +63,7 @@ build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(bin)/python -m build
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-* $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* .versions $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.demo: pyproject.toml
