@@ -167,7 +167,7 @@ def test_the_line_that_forked_is_in_the_parents_events_and_the_childs(
         return third()
 
     with engine.connect():
-        line, told = second()
+        line, logged = second()
         engine.connect().close()
     lines = events.the("pool.forked")["forked_at"].split(" < ")
     assert lines[0] == line
@@ -178,7 +178,7 @@ def test_the_line_that_forked_is_in_the_parents_events_and_the_childs(
         here().rpartition(" in ")[2],
     ]
     for name in ("pool.adopted", "connection.inherited"):
-        (event_,) = [each for each in told if each["event"] == name]
+        (event_,) = [each for each in logged if each["event"] == name]
         assert event_["forked_at"].split(" < ") == lines
 
 
@@ -214,7 +214,9 @@ def test_an_installed_package_that_forks_by_itself_is_named() -> None:
     """As gunicorn's master does: none of the user's lines is running."""
     found: list[Any] = []
     names = {"__name__": "gunicorn.arbiter", "found": found, "forking_lines": user_code.forking_lines}
-    code = compile("found.append(forking_lines())", "/venv/lib/site-packages/gunicorn/arbiter.py", "exec")
+    code = compile(
+        "found.append(forking_lines().text())", "/venv/lib/site-packages/gunicorn/arbiter.py", "exec"
+    )
     _thread.start_new_thread(exec, (code, names))
     until(lambda: found, "the thread has not run")
     assert found == ["/venv/lib/site-packages/gunicorn/arbiter.py:1 in <module>"]

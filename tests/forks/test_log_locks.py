@@ -28,7 +28,7 @@ from pidpool.forks import log_locks
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 SOAK = os.environ.get("PIDPOOL_SOAK") == "1"
-FORKS = {"python": 2000 if SOAK else 40, "c with child hooks": 2000 if SOAK else 10}
+FORKS = {"python": 2000 if SOAK else 20, "c with child hooks": 2000 if SOAK else 10}
 
 TESTS = Path(__file__).parent.parent
 
