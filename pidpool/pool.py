@@ -350,6 +350,9 @@ class PidPool(HookedQueuePool):
             idle = takeover.open_connections().idle
             if idle:
                 self._refusal = _Refusal(fork.parent_pid, idle)
+
+    def log_takeover_later(self, takeover: Takeover) -> None:
+        """Have the takeover of this pool and its predecessors logged at the next use."""
         self.pool_events.log_later(self._log_takeover, takeover)
 
     def _log_takeover(self, takeover: Takeover) -> None:

@@ -94,6 +94,8 @@ class OwnedConnection:
         self._connection = self._watch(connection)
         self._driver_connection = None
         if self._connection is None:
+            # Of a collected checkout SQLAlchemy drops the connection if the driver can't close it in a
+            # finalizer, as psycopg (tests/pool/test_async.py::test_a_collected_checkout_is_closed_as_such).
             self._driver_connection = self._watch(under_adapter(connection))
 
     def _watch(self, connection: Any) -> weakref.ref[Any] | None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from applications import FIGURES, Application
+from applications import Application
+from figures import print_figures
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -21,6 +22,5 @@ def application(postgres: EmbeddedPostgres, tmp_path: Path) -> Callable[[str, st
     return make
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for row in config.stash.get(FIGURES, []):
-        terminalreporter.write_line(row)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    print_figures(terminalreporter, "application", "Applications by their database URL alone:")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from applications import FIGURES, Application
+from applications import Application
 
 pytestmark = [pytest.mark.applications, pytest.mark.timeout(600)]
 
@@ -16,7 +16,7 @@ TRIALS = 30
 
 @pytest.mark.parametrize("pool", ["pidpool", "queue"])
 def test_optuna(
-    request: pytest.FixtureRequest, application: Callable[[str, str], Application], pool: str
+    application: Callable[[str, str], Application], record_property: Callable[[str, object], None], pool: str
 ) -> None:
     optuna = application("optuna", pool)
     with optuna.watched() as family:
@@ -29,7 +29,7 @@ def test_optuna(
     if pool == "pidpool":
         figures += f"forks {counters.forks}, connections inherited {sum(counters.inherited.values())}, "
     figures += f"rows expected {TRIALS}, found {found}, log lines {len(complaints)}"
-    request.config.stash.setdefault(FIGURES, []).append(f"Optuna {pool}: {figures}")
+    record_property("application", f"Optuna {pool}: {figures}")
     if pool == "queue":
         assert status or complaints or found < TRIALS
         return

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hosting import TABLE
+from figures import print_figures
+from hosting import HEADING
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for row in config.stash.get(TABLE, []):
-        terminalreporter.write_line(row)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    print_figures(terminalreporter, "host", HEADING)

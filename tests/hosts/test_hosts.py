@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hosting import BIN, LOG_PREFIX, PROGRAMS, TABLE, Host, Outcome, Run
+from hosting import BIN, LOG_PREFIX, PROGRAMS, Host, Outcome, Run
 from serving import celery, dramatiq, program, rq, web
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -140,24 +140,6 @@ class Runs:
         self.executor.shutdown(cancel_futures=True)
         self.postgres.stop()
 
-    def table(self) -> list[str]:
-        """Return a row for each host: what came of it with PidPool, then with QueuePool."""
-        columns = (
-            f"{'asked':>6}{'done':>6}{'processes':>10}{'rows':>6}{'found':>6}{'log lines':>10}{'seconds':>8}"
-        )
-        rows = [f"{'':44}{columns}", *({host.name: "" for host, _ in self.futures})]
-        for number, name in enumerate(rows[1:], 1):
-            rows[number] = f"{name:44}"
-            for (host, pool), future in self.futures.items():
-                if host.name == name and future.done() and not future.cancelled() and not future.exception():
-                    it = future.result()
-                    rows[number] += (
-                        f"{'' if pool == 'pidpool' else '  queue:'}"
-                        f"{it.asked:6}{it.done:6}{it.processes:10}{it.expected:6}{it.found:6}"
-                        f"{len(it.complaints):10}{it.seconds:8.1f}"
-                    )
-        return rows
-
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
@@ -168,7 +150,6 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield runs
     finally:
         runs.end()
-        request.config.stash[TABLE] = runs.table()
 
 
 def each(hosts: list[Host]) -> pytest.MarkDecorator:
@@ -178,15 +159,20 @@ def each(hosts: list[Host]) -> pytest.MarkDecorator:
     )
 
 
+@pytest.fixture
+def outcome(runs: Runs, host: Host, pool: str, record_property: Callable[[str, object], None]) -> Outcome:
+    outcome = runs.futures[host, pool].result()
+    record_property("host", outcome.row(host.name, pool))
+    return outcome
+
+
 @pytest.mark.parametrize("pool", ["pidpool"])
 @each(HOSTS)
-def test_all_rows_are_there(runs: Runs, host: Host, pool: str) -> None:
-    outcome = runs.futures[host, pool].result()
+def test_all_rows_are_there(outcome: Outcome) -> None:
     assert outcome.problems == []
 
 
 @pytest.mark.parametrize("pool", ["queue"])
 @each([host for host in HOSTS if host.inherits])
-def test_queuepool_loses_rows(runs: Runs, host: Host, pool: str) -> None:
-    outcome = runs.futures[host, pool].result()
+def test_queuepool_loses_rows(outcome: Outcome) -> None:
     assert outcome.found < outcome.expected or outcome.complaints

@@ -23,8 +23,6 @@ from pidpool.stats.snapshots import FamilyStats
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 ROOT = Path(__file__).parents[2]
-FIGURES = pytest.StashKey[list[str]]()
-"""What the applications did, for the end of the tests' output."""
 
 
 class Application:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from sqlalchemy import Engine, create_engine, text
 from waiting import until
 
@@ -29,8 +28,10 @@ PROGRAMS = Path(__file__).parent.parent / "programs" / "hosts"
 BIN = Path(sys.executable).parent
 START = 60.0
 LOG_PREFIX = "%m [%p] %a "
-TABLE = pytest.StashKey[list[str]]()
-"""What the runs did, for the end of the tests' output."""
+HEADING = (
+    f"{'':55}{'asked':>6}{'done':>6}{'processes':>10}{'rows':>6}{'found':>6}{'log lines':>10}{'seconds':>8}"
+)
+"""Of the table of outcomes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Outcome:
     seconds: float
     problems: list[str]
     """All that is not as it should be, in words."""
+
+    def row(self, host: str, pool: str) -> str:
+        return (
+            f"{host:47}{pool:8}{self.asked:6}{self.done:6}{self.processes:10}{self.expected:6}{self.found:6}"
+            f"{len(self.complaints):10}{self.seconds:8.1f}"
+        )
 
 
 @dataclass(frozen=True)
