@@ -60,5 +60,5 @@ class ConnectGate:
                 threads[thread] = left
             else:
                 threads.pop(thread, None)
-            if self._forking or threads is self._forking:  # otherwise nobody waits
+            if self._forking or threads is self._forking:  # otherwise no thread waits
                 self._changed.notify_all()
