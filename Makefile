@@ -26,7 +26,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --editable
 bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
 
-.PHONY: help demo bench test test-system test-applications soak sqlalchemy-suite lint format build clean
+.PHONY: help demo bench docs test test-system test-applications soak sqlalchemy-suite lint format build clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -37,10 +37,14 @@ demo: $(VENV)/.demo ## fork over a real PostgreSQL with TLS: SQLAlchemy's pool, 
 bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (BENCH_ARGS=--quick: see that it runs)
 	$(bin)/python -m bench $(BENCH_ARGS)
 
+docs: $(VENV)/.docs ## build the documentation into docs/_build/; a warning is an error
+	$(bin)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet --builder html docs docs/_build
+	@echo "docs/_build/index.html"
+
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded', PROCESSES=0)
 	$(bounded) $(bin)/python -m pytest -m 'not system and not applications' -n $(PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
-test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus, Redis and npm
+test-system: $(VENV)/.system ## run the tests that need Chromium, MariaDB, PgBouncer, Prometheus, Redis and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
 
 test-applications: $(VENV)/.dev $(APPLICATIONS:%=.venv-%/.made) ## run applications of others by their database URL alone
@@ -67,7 +71,7 @@ build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(bin)/python -m build
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-* $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.demo: pyproject.toml
@@ -88,6 +92,14 @@ $(VENV)/.bench: $(VENV)/.demo
 	$(pip) '.[bench]' $(if $(REQUIRE),'$(REQUIRE)')
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.demo
+	$(pip) '.[docs]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.demo
 	$(pip) '.[dev]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
+$(VENV)/.system: $(VENV)/.dev
+	$(pip) '.[system]' $(if $(REQUIRE),'$(REQUIRE)')
 	@touch $@

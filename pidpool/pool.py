@@ -172,9 +172,9 @@ class PidPool(HookedQueuePool):
         self.wanted = None if budget is None else budget.wanted
         takeover.add_pool(self)
         shared = self.pool_events.family
-        if shared.private is not None and events is None:
+        if shared.name is not None and events is None:
             with held_back():  # structlog may be configured after the engine is made
-                self.pool_events.family_private(shared.name, shared.private)
+                self.pool_events.report_family()
 
     # -- the doors
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from browser import install_axe
 from engines import MakeEngine
 from sqlalchemy import Engine, create_engine, text
 
@@ -45,6 +46,11 @@ def _hide_xdists_thread() -> None:
 def postgres() -> Iterator[EmbeddedPostgres]:
     with EmbeddedPostgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return install_axe(tmp_path_factory.mktemp("axe"))
 
 
 @pytest.fixture(params=["tls", "plain"])

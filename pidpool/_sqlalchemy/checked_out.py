@@ -156,7 +156,7 @@ class CheckedOutConnection(_ConnectionFairy):
             owned = entry.owned_now
             self._detached_from = owned
             if owned is not None:
-                owned.detach(weakref.ref(self))
+                owned.detach(self)
             entry.own_none()
             entry.watched = None  # a detached connection is no longer a checkout of the pool's
         super().detach()
@@ -195,7 +195,7 @@ class CheckedOutConnection(_ConnectionFairy):
         if entry is None:
             self._detached_from = other._detached_from
             if self._detached_from is not None:
-                self._detached_from.detach(weakref.ref(self))
+                self._detached_from.detach(self)
         else:
             if inherited is not None:
                 # What SQLAlchemy wants undone at checkin, such as an isolation level.

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
-from pidpool.drivers import driver_of
+from pidpool.drivers import driver_of, sockets_before, unknown_driver
 from pidpool.events.pool_events import PoolEvents
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, openssl, ownership, severing
@@ -91,12 +91,13 @@ class PidPoolEntry(_ConnectionRecord):
 
         :param create: SQLAlchemy's function that opens one for an entry.
         """
+        before = sockets_before(getattr(self.pidpool.engine_dialect, "driver", None))
         connection = create(self)
         openssl.look(type(connection).__module__)
         if fork_state[0] == FORKED:
             detection.notice_fork()  # the creator has forked: the child's connection is no inherited one
         sever = self.pidpool.inherited_sockets == "sever"
-        self.own(ownership.tag_connection(connection, self, sever=sever))
+        self.own(ownership.tag_connection(connection, self, sever=sever, before=before))
         self._hand_permit_over(connection)
         self.pidpool.start_idle_thread()
         severing.dead_socket()  # made ahead, for a child at its limit of open files
@@ -199,12 +200,11 @@ class PidPoolEntry(_ConnectionRecord):
     def _ConnectionRecord__connect(self) -> None:
         # Every connect and reconnect of an entry passes here, its first-connect events included. A fork has
         # to wait for all of it: a dialect half initialised by another thread would stay so in the child.
+        if self.permit is None:
+            self.permit = self.pidpool.wait_for_permit()
         self.close_reason = "failed"
         started = time.perf_counter()
         try:
-            if self.permit is None:
-                self.permit = self.pidpool.wait_for_permit()
-            started = time.perf_counter()
             took = detection.hold_forks_during(super()._ConnectionRecord__connect)  # type: ignore[misc]
         except BaseException as error:
             self.pool_events.connection_failed(error, time.perf_counter() - started)
@@ -216,6 +216,9 @@ class PidPoolEntry(_ConnectionRecord):
                 self.permit = None
         if self.owned is not None:
             self.pool_events.connection_opened(self.owned.tag, took)
+            unknown = unknown_driver(self.dbapi_connection)
+            if unknown is not None:
+                self.pool_events.driver_unknown(unknown, self.owned.tag)
 
     def close(self) -> None:
         if self._let_go_if_inherited():

@@ -17,6 +17,7 @@ from typing import Any
 
 from pidpool.events.logger import EventLogger
 from pidpool.events.pool_names import name_for
+from pidpool.events.user_code import ForkingLines
 from pidpool.stats.family import Family
 from pidpool.stats.process_counters import Count
 from pidpool.stats.snapshots import FamilyStats
@@ -103,8 +104,9 @@ class PoolEvents:
         self._logger = EventLogger(logger)
         self.is_enabled = self._logger.is_enabled
         """``is_enabled(level)`` says whether an event of this level would be logged at present."""
-        self.forked_at: str | None = None
+        self.forked_at: ForkingLines | None = None
         """The line of the last fork, with its callers; in a child that of the fork which made it."""
+        self._is_driver_known = True
         self._note_waiting = note_waiting
         self._waiting: deque[_WaitingEvent | tuple[Callable[..., None], Any]] = deque(maxlen=MOST_WAITING)
 
@@ -211,7 +213,7 @@ class PoolEvents:
     # -- forks
 
     def note_fork(
-        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
+        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: ForkingLines | None
     ) -> None:
         """Count a fork in the parent's at-fork hook, and have it logged later if a connection is open."""
         self.counters.add_fork()
@@ -220,11 +222,11 @@ class PoolEvents:
             self.log_later(self.pool_forked, at, idle, checked_out, in_transaction, forked_at)
 
     def pool_forked(
-        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
+        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: ForkingLines | None
     ) -> None:
         """The parent forked a child, with so many connections open.
 
-        `forked_at` is the line that forked with its callers (`user_code.forking_lines`), here and below.
+        `forked_at` is the line that forked with its callers (see `ForkingLines`), here and below.
         """
         self._emit(
             "info",
@@ -245,7 +247,7 @@ class PoolEvents:
         checked_out: int,
         in_transaction: int,
         connects_in_flight: int,
-        forked_at: str | None,
+        forked_at: ForkingLines | None,
     ) -> None:
         """A forked child took the pool over; `trigger` names what noticed the fork.
 
@@ -272,7 +274,7 @@ class PoolEvents:
         state: StateAtFork,
         action: SocketAction,
         where: str | None,
-        forked_at: str | None,
+        forked_at: ForkingLines | None,
     ) -> None:
         """The cross-process leak: the child logs one for each inherited connection.
 
@@ -321,9 +323,34 @@ class PoolEvents:
             server_max_connections=server_max_connections,
         )
 
-    def family_private(self, family: str | None, reason: str) -> None:
+    def report_family(self) -> None:
+        """Log what a process should know that has joined a named family."""
+        if self.family.private is not None:
+            self.family_private(self.family.private)
+        other = self.family.other_limit()
+        if other is not None:
+            self.family_limits_differ(*other)
+
+    def family_private(self, reason: str) -> None:
         """A named family can't be shared: it is this process and those forked from it."""
-        self._emit("warning", "family.private", family=family, reason=reason)
+        self._emit("warning", "family.private", family=self.family.name, reason=reason)
+
+    def family_limits_differ(self, other_limit: int | None, other_pid: int) -> None:
+        """Another process of a named family has another `family_limit`, or none: each keeps to its own."""
+        self._emit(
+            "warning",
+            "family.limits_differ",
+            family=self.family.name,
+            family_limit=self.family.limit,
+            other_limit=other_limit,
+            other_pid=other_pid,
+        )
+
+    def driver_unknown(self, driver: str, tag: ConnectionTag) -> None:
+        """pidpool does not know the driver, so it can't read the state of a transaction; logged once."""
+        if self._is_driver_known:
+            self._is_driver_known = False
+            self._emit("warning", "driver.unknown", driver=driver, has_descriptor=tag.fd is not None)
 
     # -- how an event is logged
 
@@ -388,6 +415,9 @@ class PoolEvents:
     def _log(
         self, at: float, level: str, event: str, tag: ConnectionTag | None, fields: dict[str, object]
     ) -> None:
+        lines = fields.get("forked_at")
+        if isinstance(lines, ForkingLines):
+            fields = {**fields, "forked_at": lines.text()}
         if tag is not None:
             fields = {
                 "connection_id": tag.connection_id,

@@ -194,8 +194,13 @@ def _take_over(fork: NoticedFork) -> None:
         takeovers[id(pool)] = pool, Takeover(fork)
     for owned in list(owned_connections.values()):
         connection = owned.connection()
-        if connection is None or isinstance(connection, DisownedConnection):
-            continue  # the latter if this was interrupted, and begins again
+        if connection is None:
+            # Detached and dropped before the fork was noticed. An adapter of SQLAlchemy's for asyncio has no
+            # weak reference whose end would have severed it (test_async.py::test_an_async_parent_never_notices).
+            owned.sever_socket()
+            continue
+        if isinstance(connection, DisownedConnection):
+            continue  # this was interrupted, and begins again
         entry, checkout, pool = _holders(owned)
         if pool is not None:
             state = _state(connection, entry)

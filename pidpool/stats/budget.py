@@ -123,13 +123,24 @@ class Budget:
                 self._settle()
 
         self._lock.run(_LOCK_WAIT, take)
+        self.settle()
         return taken[0] if taken else None
 
     def take_back(self, permit: Permit) -> None:
         """Take a permit back. If the lock can't be had, the next use of the budget settles it."""
         if id(permit) in self.held and self._pid == os.getpid():
             self.held.discard(id(permit))
-            self._lock.run(_LOCK_WAIT, self._settle)
+            self.settle()
+
+    def settle(self) -> None:
+        """Have the cells say how many permits this process has, as far as they do not.
+
+        A finalizer that gives a permit back in the middle of another use of the lock can't have the lock.
+        Nor can a thread if the process that has it is stopped.
+        """
+        for _ in range(3):
+            if len(self.held) == self._cells[PERMITS] or not self._lock.run(_LOCK_WAIT, self._settle):
+                return
 
     def _settle(self) -> None:
         """Have the cells say how many permits this process has; under the lock.

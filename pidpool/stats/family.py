@@ -23,6 +23,7 @@ from pidpool.stats.process_counters import (
     HEAD_CELLS,
     HOLD_WARNING,
     JOINED,
+    LIMIT,
     MAX_OVERFLOW,
     PARENT_PID,
     PID,
@@ -56,7 +57,10 @@ _NAMED_SLOTS = 129
 # -- the head of the memory, in cells behind the lock
 
 _BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS, _KEY = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 6)
-_BUDGET = _KEY + 1
+_MAXIMA = _KEY + 1
+"""How many connections the processes may open together; too high while those that have ended are in it. With
+it a child has not to read the blocks of all others, each of which is a page that it has not touched yet."""
+_BUDGET = _MAXIMA + 1
 _ERROR_TYPES = _BUDGET + budget.CELLS
 _DEPARTED = _ERROR_TYPES + error_types.CELLS
 """Two buffers for the sums of the departed. The low bit of the flip count selects the valid buffer. The next
@@ -180,6 +184,7 @@ class Family:
 
     def _start(self, number: int, parent_pid: int | None) -> ProcessCounters:
         own = self._enter(self._block(number), parent_pid)
+        self._cells[_MAXIMA] += _maximum(own.cells)
         self._cells[_BLOCKS_USED] = max(self._cells[_BLOCKS_USED], number + 1)
         return own
 
@@ -198,6 +203,7 @@ class Family:
         block[SIZE] = self._size
         block[MAX_OVERFLOW] = self._max_overflow + 1
         block[HOLD_WARNING] = self._hold_warning
+        block[LIMIT] = self.limit or 0
         block[SINCE] = int(time.time() * 1e6)
         block[PID] = os.getpid()
         return ProcessCounters(block, self._slots)
@@ -249,6 +255,13 @@ class Family:
         # The permits of an unlisted process could not be counted, so it gets none.
         return Budget(head, self._lock, self, own, self.limit if own.is_listed else 0)
 
+    def other_limit(self) -> tuple[int | None, int] | None:
+        """Return the limit and the pid of a process that runs with another limit; None if there is none."""
+        for block in self.blocks():
+            if block[LIMIT] != (self.limit or 0) and block[PID] and self.is_alive(block):
+                return block[LIMIT] or None, block[PID]
+        return None
+
     def blocks(self) -> list[memoryview]:
         """Return the blocks that have been used."""
         return [self._block(number) for number in range(self._cells[_BLOCKS_USED])]
@@ -283,10 +296,18 @@ class Family:
             unlisted=self._cells[_UNLISTED],
             server_max_connections=self.server_max_connections,
             limit=self.limit,
+            permits=self._permits(processes),
             counters=process_counters.counters(
                 process_counters.add_blocks([departed[3:].tolist(), *sums]), self.error_types.names()
             ),
         )
+
+    def _permits(self, processes: list[PoolStats]) -> int:
+        if self.limit is None:
+            return 0
+        # The processes were read one after the other, so one permit may be in it twice: given back by a
+        # process after it was read, and taken by the next. The other sum has those of the killed for a while.
+        return min(sum(each.permits for each in processes), self._cells[_BUDGET + budget.PERMITS_USED])
 
     def read_own(self, own: ProcessCounters, name: str) -> PoolStats:
         """Return a snapshot of this process."""
@@ -345,11 +366,26 @@ class Family:
         if joined == self._looked_at:
             return None  # no process has joined since then, so the maximum is no higher
         self._looked_at = joined
+        if self._cells[_MAXIMA] > limit:
+            self._lock.run(_JOIN_WAIT, self._reckon_maxima)
+        if self._cells[_MAXIMA] <= limit:
+            return None
         stats = self.read(name)
         if stats.maximum is None or stats.maximum <= limit:
             return None
         self._cells[_WARNED] = 1
         return stats
+
+    def _reckon_maxima(self) -> None:
+        """Add up the maxima of the processes that run; under the lock."""
+        maxima = 0
+        for block in self.blocks():
+            if block[PID] and not block[ENDED]:
+                if self.is_alive(block):
+                    maxima += _maximum(block)
+                else:
+                    block[ENDED] = 1
+        self._cells[_MAXIMA] = maxima
 
     # -- addresses
 
@@ -360,6 +396,12 @@ class Family:
     def _departed(self, flips: int) -> memoryview:
         first = _DEPARTED + flips % 2 * _BUFFER_CELLS
         return self._cells[first : first + _BUFFER_CELLS]
+
+
+def _maximum(block: memoryview) -> int:
+    """Return how many connections a process may open; 0 for no limit."""
+    size, overflow = block[SIZE], block[MAX_OVERFLOW]
+    return size + overflow - 1 if size and overflow else 0
 
 
 def _clear(cells: memoryview) -> None:

@@ -41,10 +41,11 @@ IN_ONE_FILE = {
     "parent_listeners": "event/attr.py",
     "only_once": "util/langhelpers.py",
 }
+ASYNCIO = ("await_only", "greenlet_spawn", "_execute_mutex")
 if not contract.FINALIZER_TAKES_REFERENCE:
     FAIRY = (*FAIRY, "_finalizer", "needs_gc", "is_gc_cleanup")
 
-NAMES = [*RECORD, *FAIRY, *POOL, *QUEUE_POOL, *EVENTS, *IN_ONE_FILE]
+NAMES = [*RECORD, *FAIRY, *POOL, *QUEUE_POOL, *EVENTS, *ASYNCIO, *IN_ONE_FILE]
 
 PROGRAM = """
 import pidpool, sqlalchemy

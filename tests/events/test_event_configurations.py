@@ -1,4 +1,4 @@
-"""The three configurations that README.md shows: the same events, wherever the application logs, and
+"""The three configurations that docs/watching.md shows: the same events, wherever the application logs, and
 nothing on stdout."""
 
 from __future__ import annotations

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, chromium
+from browser import LOOKS, Browser, chromium, violations
 from engines import MakeEngine
 from families import connection, family, pool_reporting, process, small_family
 from parent import server_pid
@@ -21,13 +20,6 @@ from pidpool.export.endpoint import StatsServer
 from pidpool.stats.snapshots import Counters
 
 pytestmark = pytest.mark.system
-
-LOOKS = {
-    "light": {"prefers_color_scheme": "light"},
-    "dark": {"prefers_color_scheme": "dark"},
-    "narrow": {"width": 360, "height": 740, "prefers_color_scheme": "light"},
-    "narrow dark": {"width": 360, "height": 740, "prefers_color_scheme": "dark"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -309,36 +301,6 @@ def test_the_token_may_come_in_the_fragment(browser: Browser, reported: Reported
 
 
 # -- for all people
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The source of axe-core, from npm."""
-    directory = tmp_path_factory.mktemp("axe")
-    subprocess.run(
-        [
-            "npm",
-            "install",
-            "--prefix",
-            str(directory),
-            "--no-audit",
-            "--no-fund",
-            "--ignore-scripts",
-            "axe-core@4",
-        ],
-        check=True,
-        capture_output=True,
-        timeout=110,
-    )
-    return (directory / "node_modules/axe-core/axe.min.js").read_text()
-
-
-def violations(browser: Browser, axe: str) -> list[Any]:
-    browser.driver.execute_script(axe)
-    script = "axe.run().then(({ violations, passes }) => arguments[0]([violations, passes.length]))"
-    found, passes = browser.driver.execute_async_script(script)
-    assert passes > 15
-    return [(each["id"], [node["html"] for node in each["nodes"]]) for each in found]
 
 
 @pytest.mark.parametrize("look", LOOKS)

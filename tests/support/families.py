@@ -85,6 +85,7 @@ def family(*processes: PoolStats, pool: str = "shop", **fields: Any) -> FamilySt
         "departed": 0,
         "unlisted": 0,
         "server_max_connections": 100,
+        "permits": sum(each.permits for each in processes),
         "counters": sum((each.counters for each in processes), _NOTHING),
         **fields,
     }

@@ -21,6 +21,15 @@ from waiting import until
 
 How = Literal["python", "c", "c with child hooks"]
 
+HOWS: list[How] = ["python", "c", "c with child hooks"]
+"""The ways to fork that this Python has."""
+
+if sys.version_info >= (3, 14):
+    # From 3.14 on, PyOS_AfterFork_Child unlocks the import lock that PyOS_BeforeFork has taken. Without the
+    # latter CPython ends the child of any application: "PyMutex_Unlock: unlocking mutex that is not locked".
+    # uWSGI's workers end so with `--py-call-osafterfork`; `--py-call-uwsgi-fork-hooks` has it call both.
+    HOWS.remove("c with child hooks")
+
 LIFE = 30.0
 """Seconds after which a child counts as hung: its stacks are dumped, then it is killed."""
 

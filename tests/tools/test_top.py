@@ -64,7 +64,13 @@ CHILD = Counters(
 
 def family(*processes: PoolStats, taken_at: float = 1_000_300.0, **fields: Any) -> FamilyStats:
     counters = sum((each.counters for each in processes), Counters())
-    defaults = {"departed": 0, "unlisted": 0, "server_max_connections": 300, "counters": counters}
+    defaults: dict[str, Any] = {
+        "departed": 0,
+        "unlisted": 0,
+        "server_max_connections": 300,
+        "counters": counters,
+    }
+    defaults["permits"] = sum(each.permits for each in processes)
     return FamilyStats(pool="orders", taken_at=taken_at, processes=processes, **{**defaults, **fields})
 
 

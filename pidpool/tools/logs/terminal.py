@@ -397,6 +397,7 @@ _SHOWN: Mapping[str, Iterable[str]] = {
     "pool.forked": ("idle", "checked_out", "in_transaction", "forked_at"),
     "pool.adopted": ("parent_pid", "trigger", "idle", "checked_out", "in_transaction", "forked_at"),
     "pool.over_maximum": ("processes", "maximum", "server_max_connections"),
+    "driver.unknown": ("driver", "has_descriptor"),
 }
 
 
