@@ -91,6 +91,7 @@ class PidPool(HookedQueuePool):
     :raises ValueError: if an option has a value that it does not take.
     :raises TypeError: if an option has a value of the wrong type.
     :raises PermissionError: if the family's file is not this user's own.
+    :raises OSError: if there is a `family_limit`, and the system has no memory to share.
     """
 
     on_foreign: OnForeign
@@ -172,7 +173,7 @@ class PidPool(HookedQueuePool):
         self.wanted = None if budget is None else budget.wanted
         takeover.add_pool(self)
         shared = self.pool_events.family
-        if shared.name is not None and events is None:
+        if (shared.name or shared.private) is not None and events is None:
             with held_back():  # structlog may be configured after the engine is made
                 self.pool_events.report_family()
 
@@ -349,6 +350,9 @@ class PidPool(HookedQueuePool):
             idle = takeover.open_connections().idle
             if idle:
                 self._refusal = _Refusal(fork.parent_pid, idle)
+
+    def log_takeover_later(self, takeover: Takeover) -> None:
+        """Have the takeover of this pool and its predecessors logged at the next use."""
         self.pool_events.log_later(self._log_takeover, takeover)
 
     def _log_takeover(self, takeover: Takeover) -> None:

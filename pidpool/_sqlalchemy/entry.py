@@ -91,6 +91,7 @@ class PidPoolEntry(_ConnectionRecord):
 
         :param create: SQLAlchemy's function that opens one for an entry.
         """
+        severing.make_dead_socket()  # for a child at its limit of open files
         before = sockets_before(getattr(self.pidpool.engine_dialect, "driver", None))
         connection = create(self)
         openssl.look(type(connection).__module__)
@@ -100,7 +101,6 @@ class PidPoolEntry(_ConnectionRecord):
         self.own(ownership.tag_connection(connection, self, sever=sever, before=before))
         self._hand_permit_over(connection)
         self.pidpool.start_idle_thread()
-        severing.dead_socket()  # made ahead, for a child at its limit of open files
         try:
             # One statement, once in a family, before the application has the connection.
             self.pool_events.family.learn_server_max_connections(

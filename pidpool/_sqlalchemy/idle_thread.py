@@ -15,6 +15,7 @@ from typing import Protocol
 from sqlalchemy.exc import InvalidRequestError
 
 from pidpool.forks import openssl
+from pidpool.stats import daemon_thread
 from pidpool.stats.bell import Bell
 
 LONGEST_SLEEP = 60.0
@@ -33,10 +34,8 @@ def start(pool: LookedAfterPool, bell: Bell | None) -> None:
 
     :param bell: wakes it when another process wants a connection; None if none can.
     """
-    arguments = weakref.ref(pool), bell
-    thread = threading.Thread(target=_run, args=arguments, name="pidpool-idle", daemon=True)
     try:
-        thread.start()
+        daemon_thread.start("pidpool-idle", _run, weakref.ref(pool), bell)
     except RuntimeError:  # no more threads to be had, or the interpreter is ending
         pass
 

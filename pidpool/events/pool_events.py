@@ -332,7 +332,10 @@ class PoolEvents:
             self.family_limits_differ(*other)
 
     def family_private(self, reason: str) -> None:
-        """A named family can't be shared: it is this process and those forked from it."""
+        """A family can't be shared: a named one is this process and those forked from it.
+
+        Without memory for those, each process is listed alone.
+        """
         self._emit("warning", "family.private", family=self.family.name, reason=reason)
 
     def family_limits_differ(self, other_limit: int | None, other_pid: int) -> None:

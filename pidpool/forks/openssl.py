@@ -24,6 +24,8 @@ from typing import Any
 
 from sqlalchemy import exc
 
+from pidpool.stats import daemon_thread
+
 LOCK_WAIT = 10.0
 """Seconds after which a child takes OpenSSL's lock for one that its parent has left locked."""
 
@@ -154,19 +156,24 @@ def _is_unlocked(thread: int) -> bool:
     if not libraries:
         return False  # nothing is known yet
     if _state == _SUSPECT:
+        entered = threading.Event()
 
         def enter_and_leave() -> None:
             for library in libraries:
                 library.enter_without_gil()
                 library.leave()
+            entered.set()
 
-        trial = threading.Thread(target=enter_and_leave, name="pidpool-openssl", daemon=True)
         try:
-            trial.start()
+            trial = daemon_thread.start("pidpool-openssl", enter_and_leave)
         except RuntimeError:  # no more threads to be had
             return False
-        trial.join(LOCK_WAIT)
-        _state = _LOCKED if trial.is_alive() else _SOUND
+        if entered.wait(LOCK_WAIT):
+            _state = _SOUND
+        elif trial.is_alive():
+            _state = _LOCKED
+        else:
+            return False  # it has found no memory to run in
     if _state == _LOCKED:
         pid = os.getpid()
         raise exc.InvalidRequestError(

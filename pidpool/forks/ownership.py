@@ -94,6 +94,8 @@ class OwnedConnection:
         self._connection = self._watch(connection)
         self._driver_connection = None
         if self._connection is None:
+            # Of a collected checkout SQLAlchemy drops the connection if the driver can't close it in a
+            # finalizer, as psycopg (tests/pool/test_async.py::test_a_collected_checkout_is_closed_as_such).
             self._driver_connection = self._watch(under_adapter(connection))
 
     def _watch(self, connection: Any) -> weakref.ref[Any] | None:
@@ -127,8 +129,11 @@ class OwnedConnection:
         if self.is_severed or not (self.sever or even_if_kept) or self.fd is None or self.identity is None:
             return self.is_severed
         if severing.socket_identity(self.fd) == self.identity:
-            severing.sever(self.fd, severing.dead_socket())
-            self.is_severed = True
+            try:
+                severing.sever(self.fd, severing.dead_socket())
+                self.is_severed = True
+            except OSError:
+                pass  # no descriptor is left, say: it stays as it is, and is never used
         return self.is_severed
 
     def detach(self, checkout: Any) -> None:
@@ -180,7 +185,10 @@ def sever_all() -> bool:
     The same as `OwnedConnection.sever_socket` for each, in one function: a child pays for each object that it
     touches. Device and inode say by themselves that it is a socket.
     """
-    fstat, dup2, dead_socket = os.fstat, os.dup2, severing.dead_socket()
+    try:
+        fstat, dup2, dead_socket = os.fstat, os.dup2, severing.dead_socket()
+    except OSError:
+        return False
     all_severed = True
     for owned in owned_connections.values():
         fd = owned.fd

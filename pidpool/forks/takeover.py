@@ -51,6 +51,9 @@ class ForkablePool(ReplacingPool, Protocol):
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace in the child everything that another thread may have held at the fork."""
 
+    def log_takeover_later(self, takeover: Takeover) -> None:
+        """Have what the child found in a pool and its predecessors logged at its next use."""
+
     def log_waiting_events(self, until: float) -> None: ...
 
 
@@ -196,7 +199,8 @@ def _take_over(fork: NoticedFork) -> None:
         connection = owned.connection()
         if connection is None:
             # Detached and dropped before the fork was noticed. An adapter of SQLAlchemy's for asyncio has no
-            # weak reference whose end would have severed it (test_async.py::test_an_async_parent_never_notices).
+            # weak reference whose end would have severed it
+            # (test_async.py::test_an_async_parent_never_notices).
             owned.sever_socket()
             continue
         if isinstance(connection, DisownedConnection):
@@ -214,9 +218,18 @@ def _take_over(fork: NoticedFork) -> None:
             place = None if entry is None else entry.checked_out_at
             inherited = InheritedConnection(owned.tag, state, action, place)
             takeovers[id(pool)][1].connections.append(inherited)
+    of_lineages: dict[object, tuple[ForkablePool, Takeover]] = {}
     for pool, takeover in takeovers.values():
         pool.start_from_zero(takeover)
         severing.unpin(pool)  # it will have connections of this process's own, which are to be closed with it
+        # A pool that was disposed of lives as long as a checkout of it. In the log both are one pool,
+        # as in the counts (test_events.py::test_a_pool_and_its_predecessors_are_adopted_once).
+        if pool.lineage in of_lineages:
+            of_lineages[pool.lineage][1].connections.extend(takeover.connections)
+        else:
+            of_lineages[pool.lineage] = pool, takeover
+    for pool, takeover in of_lineages.values():
+        pool.log_takeover_later(takeover)
     owned_connections.clear()
     detached_connections.clear()
 

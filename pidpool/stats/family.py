@@ -8,6 +8,7 @@ for a bounded time. No process waits for a reader.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -89,6 +90,7 @@ class Family:
         process and those that are forked from it.
     :param limit: how many connections the family may have open; None for no limit.
     :raises FamilyRefused: if the family's file is not this user's own.
+    :raises OSError: if there is a limit, and no shared memory to keep it in.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Family:
         self.name = name
         self.limit = limit
         self.private: str | None = None
-        """Why the family has no other processes than those forked from this one, although it has a name."""
+        """Why the family has no other processes than it should, if its memory could not be shared."""
         self._size, self._max_overflow = size, max_overflow
         self._hold_warning = 0 if hold_warning is None else int(hold_warning * 1e6) + 1
         self._blocks = BLOCKS
@@ -145,9 +147,17 @@ class Family:
         try:
             # Pages that are never touched take no memory.
             return family_memory.anonymous(self._bytes())
-        except (OSError, ValueError):  # a limit on address space
+        except (OSError, ValueError) as error:  # a limit on address space
+            wanted = self._bytes()
             self._blocks = 1
-            return family_memory.anonymous(self._bytes())
+            self.private = f"no {wanted} bytes of shared memory for {BLOCKS} processes: {error}"
+            if self.limit is not None:
+                raise OSError(
+                    errno.ENOMEM,
+                    f"family_limit={self.limit} needs shared memory, and there is {self.private}; raise the "
+                    f"limit on address space (RLIMIT_AS) of pid {os.getpid()}, or take family_limit=None",
+                ) from None
+            return memoryview(bytearray(self._bytes()))
 
     def _set_slots(self, slots: int) -> None:
         self._slots = slots

@@ -90,7 +90,10 @@ def named(
     """
     library = _library()
     with _locked_file(f"{name}.{_place()}.{LAYOUT}-{shape}") as (file, path):
-        text = os.pread(file, 100, 0)
+        try:
+            text = os.pread(file, 100, 0)
+        except OSError as error:
+            raise NoSharedMemory(f"{path} can't be read: {error.strerror}") from None
         found = _TEXT.fullmatch(text)
         if text and not found:
             raise FamilyRefused(
@@ -178,6 +181,8 @@ def _open_directory() -> tuple[int, str]:
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise NoSharedMemory(f"{path} can't be opened: {error.strerror}") from None
         raise FamilyRefused(f"{path} is no directory of this user's: {error.strerror}; remove it") from None
     try:
         _check(os.fstat(directory), "directory", stat.S_ISDIR, 0o700, path)

@@ -328,6 +328,32 @@ def test_a_fork_is_before_all_that_the_child_does_also_if_the_child_is_ahead(
     os.close(writer)
 
 
+@pytest.mark.usefixtures("clean_log")
+def test_a_pool_and_its_predecessors_are_adopted_once(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger)
+    holder = [engine.connect()]
+    number = server_pid(holder[0])
+    engine.dispose()  # the pool that it was checked out from lives on
+    engine.connect().close()
+
+    def child() -> tuple[list[dict[str, Any]], int]:
+        events.clear()
+        adoptions = pool_of(engine).stats().counters.adoptions
+        inherited = len(events.of("connection.inherited"))
+        holder.pop().close()
+        engine.dispose()
+        assert inherited == 2
+        return events.of("pool.adopted"), sum(adoptions.values())
+
+    (adopted,), counted = run_in_child(child)
+    assert (adopted["idle"], adopted["checked_out"], adopted["in_transaction"]) == (1, 1, 1)
+    assert counted == 1
+    assert server_pid(holder[0]) == number
+    holder.pop().close()
+
+
 @pytest.mark.usefixtures("table", "clean_log")
 @pytest.mark.parametrize("how", ["python", "c"])
 def test_an_inherited_connection_is_logged_before_it_is_refused(
