@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
+from pidpool._sqlalchemy.entry_list import EntryList
 from pidpool.drivers import driver_of
 from pidpool.events.pool_events import PoolEvents
 from pidpool.events.watched_checkout import WatchedCheckout
@@ -44,6 +45,7 @@ class PidPoolEntry(_ConnectionRecord):
     """
 
     __slots__ = (
+        "members",
         "owned",
         "inherited",
         "close_reason",
@@ -56,6 +58,8 @@ class PidPoolEntry(_ConnectionRecord):
         "permit",
     )
 
+    members: EntryList | None
+    """The pool's entries, while this is one of them."""
     owned: OwnedConnection | None
     """The connection that it held last; `owned_now` if it still holds it."""
     inherited: bool
@@ -73,6 +77,7 @@ class PidPoolEntry(_ConnectionRecord):
     """For the connection that it is about to open, if the family has a limit."""
 
     def __init__(self, pool: PoolOfEntries, connect: bool = True, permit: Permit | None = None) -> None:
+        self.members = None
         self.permit = permit
         self.owned = None
         self.inherited = False
@@ -83,6 +88,31 @@ class PidPoolEntry(_ConnectionRecord):
         self.counters = counters = pool.pool_events.counters
         self.slot_number, self.slot = counters.assign_slot(self)
         super().__init__(cast(Any, pool), connect)
+
+    def connect(self) -> None:
+        """Open the first connection of an entry that was made without one."""
+        self._ConnectionRecord__connect()
+
+    # -- its place in the pool
+
+    def leave(self) -> None:
+        """Leave the pool, which may make another entry in the place of this one."""
+        if self.members is not None:
+            self.members.remove(self)
+        if not self.inherited:
+            self.counters.release_slot(self)
+        self.slot, self.slot_number = SCRATCH, 0
+
+    def end(self, error: BaseException | None) -> None:
+        """Close the connection and leave the pool, since an operation on the entry was interrupted."""
+        self.fairy_ref = self.watched = None
+        self.out_since = 0
+        if self.owned is not None:
+            self.owned.used_by = None
+        try:
+            self.invalidate(error)
+        finally:
+            self.leave()
 
     # -- which connection it holds
 
@@ -125,6 +155,7 @@ class PidPoolEntry(_ConnectionRecord):
     def mark_inherited(self) -> None:
         """Note, in a child, that this entry is the parent's, and so is the memory where it counts."""
         self.inherited = True
+        self.members = None
         self.slot = SCRATCH
         self.slot_number = self.out_since = 0
         self.watched = None
@@ -136,6 +167,8 @@ class PidPoolEntry(_ConnectionRecord):
         """
         if self.counters.has_slot(self):
             return
+        if self.members is not None and self not in self.members:
+            self.members.add(self, None)
         self.slot_number, self.slot = self.counters.assign_slot(self)
         owned = self.owned_now
         if owned is not None:
@@ -238,6 +271,12 @@ class PidPoolEntry(_ConnectionRecord):
         if self._let_go_if_inherited():
             self.fairy_ref = None
             return
+        # First: a checkout that has its entry ends it if it is interrupted. It must not be another's then.
+        if self.owned is not None:
+            self.owned.used_by = None
+        checkout = self.current_checkout()
+        if checkout is not None:
+            checkout.entry = None
         super().checkin(_fairy_was_created)
 
     def _let_go_if_inherited(self) -> bool:

@@ -23,7 +23,7 @@ from typing import Protocol
 # wait in our hook for a connect whose thread waits for the same lock, to fork too
 # (tests/pool/test_threads.py::test_connecting_threads_that_fork_do_not_wait_for_each_other).
 from pidpool.forks import log_locks
-from pidpool.forks.gate import ConnectGate
+from pidpool.forks.gate import ConnectGate, Passage
 from pidpool.terms import Trigger
 
 _MADV_WIPEONFORK = 18
@@ -163,23 +163,21 @@ def hold_forks_during(connect: Callable[[], None]) -> float:
 
     Return how many seconds it took, without the wait for other threads' forks.
     """
-    entered = _gate
+    entered, passage = _gate, Passage()
     try:
-        entered.enter_connect()
+        entered.enter_connect(passage)
         started = time.perf_counter()
         connect()
         return time.perf_counter() - started
     finally:
-        leave_connect(entered)
+        leave_connect(entered, passage)
 
 
-def leave_connect(entered: ConnectGate) -> None:
+def leave_connect(entered: ConnectGate, passage: Passage) -> None:
     """Let forks in again, through the gate that the connect has entered."""
     if fork_state[0] == FORKED:
         notice_fork()
-    # In a child forked meanwhile the gate is its parent's, whose threads may have left it locked.
-    if entered is _gate:
-        entered.leave_connect()
+    entered.leave_connect(passage)
 
 
 _notice_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]  # a function before 3.13

@@ -22,6 +22,8 @@ class Checkout(Protocol):
 
     held_connection: Any
     """The driver's connection, or the stand-in for it; read without asking which process this is."""
+    entry: Any
+    """The pool's entry; None once it has gone back."""
 
     @property
     def dbapi_connection(self) -> Any: ...
