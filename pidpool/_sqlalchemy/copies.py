@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, reset_rollback
 
 from pidpool._sqlalchemy import contract
+from pidpool._sqlalchemy.entry import ForkedWhileOpening
 from pidpool.forks import detection
 from pidpool.forks.detection import FORKED, fork_state
 from pidpool.forks.stand_in import DisownedConnection
@@ -62,6 +63,9 @@ def make_check_out(checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]) -> 
             ):
                 try:
                     dbapi_connection = entry.get_connection()
+                except ForkedWhileOpening as forked:
+                    forked.__traceback__ = None
+                    return check_out(pool, started)
                 except BaseException as error:
                     entry._checkin_failed(error, _fairy_was_created=False)
                     raise

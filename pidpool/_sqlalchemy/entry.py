@@ -18,7 +18,7 @@ from pidpool.drivers import driver_of
 from pidpool.events.pool_events import PoolEvents
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, ownership, severing
-from pidpool.forks.detection import FORKED, fork_state
+from pidpool.forks.detection import FORKED, fork_state, noticed_pid
 from pidpool.forks.ownership import Checkout, OwnedConnection
 from pidpool.stats.budget import Permit
 from pidpool.stats.process_counters import SCRATCH, ProcessCounters, write_connection
@@ -35,6 +35,10 @@ class PoolOfEntries(Protocol):
         """Return a permit to open a connection; None if the family has no limit."""
 
     inherited_sockets: InheritedSockets
+
+
+class ForkedWhileOpening(Exception):
+    """A signal handler has forked, this is the child, and the connection just opened is its parent's."""
 
 
 class PidPoolEntry(_ConnectionRecord):
@@ -122,10 +126,20 @@ class PidPoolEntry(_ConnectionRecord):
         :param create: SQLAlchemy's function that opens one for an entry.
         """
         connection = create(self)
+        # Without a call in between, in which a signal handler could fork. If the creator has forked, the
+        # connection is the child's. If a handler forks in the lines below, it is the parent's.
+        owner = noticed_pid[0]
         if fork_state[0] == FORKED:
-            detection.notice_fork()  # the creator has forked: the child's connection is no inherited one
+            detection.notice_fork()
+            owner = noticed_pid[0]
         sever = self.pidpool.inherited_sockets == "sever"
-        self.own(ownership.tag_connection(connection, self, sever=sever))
+        owned = ownership.tag_connection(connection, self, sever=sever)
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        if noticed_pid[0] != owner:
+            owned.disown(connection)
+            raise ForkedWhileOpening
+        self.own(owned)
         self._hand_permit_over(connection)
         self.pidpool.start_idle_thread()
         severing.dead_socket()  # made ahead, for a child at its limit of open files
@@ -159,6 +173,16 @@ class PidPoolEntry(_ConnectionRecord):
         self.slot = SCRATCH
         self.slot_number = self.out_since = 0
         self.watched = None
+
+    def become_this_process_own(self) -> None:
+        """Note, in a child, that it holds a connection of the child's own: its creator has forked."""
+        self.inherited = False
+        if self.members is not None:
+            self.members.remove(self)
+        self.counters = self.pool_events.counters
+        self.slot_number, self.slot = self.counters.assign_slot(self)
+        if self.owned is not None:
+            write_connection(self.slot, self.owned.tag)
 
     def take_part_again(self) -> None:
         """Register the entry anew if it was collected in a cycle with its checkout, which resurrects it.

@@ -57,8 +57,9 @@ class EntryList:
             if entry is None:
                 if self._references.get(key) is reference:
                     self._references.pop(key, None)
-            elif _is_lost(entry) and self._references.pop(key, None) is not None:
-                found.append(entry)  # one thread's to deal with
+            elif _is_lost(entry) and self._references.pop(key, None) is not None:  # for one thread only
+                entry.members = None
+                found.append(entry)
         return found
 
     def __len__(self) -> int:
@@ -77,7 +78,9 @@ def _is_lost(entry: Member) -> bool:
         return False  # it is idle, or a thread has it that opens, returns or closes it
     checkout = reference()
     # The traceback of such an interrupt may keep both. Python finalizes no object twice.
-    return checkout is None or gc.is_finalized(checkout)
+    has_ended = checkout is None or gc.is_finalized(checkout)
+    # Again, since another thread may have returned the entry meanwhile: then its checkout ended afterwards.
+    return has_ended and entry.fairy_ref is reference
 
 
 def _ended() -> weakref.ref[Any]:

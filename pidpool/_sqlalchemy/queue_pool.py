@@ -13,7 +13,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from sqlalchemy.util import queue as sqlalchemy_queue
 
 from pidpool._sqlalchemy.checked_out import CheckedOutConnection
-from pidpool._sqlalchemy.entry import JitteredEntry, PidPoolEntry
+from pidpool._sqlalchemy.entry import ForkedWhileOpening, JitteredEntry, PidPoolEntry
 from pidpool._sqlalchemy.entry_list import EntryList
 from pidpool._sqlalchemy.first_connect import renew_first_connect
 from pidpool._sqlalchemy.idle_queue import IdleQueue
@@ -158,9 +158,16 @@ class HookedQueuePool(QueuePool):
             return None
         try:
             entry.connect()
+        except ForkedWhileOpening as forked:
+            forked.__traceback__ = None  # a cycle that SQLAlchemy makes keeps the frames, and what they have
+            return None
         except BaseException:
             entry.leave()
             raise
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        if entry.counters is not self.pool_events.counters and not self.takes(entry):
+            return None  # this is the child, forked in the lines above: the connection is its parent's
         return entry
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
@@ -172,8 +179,6 @@ class HookedQueuePool(QueuePool):
         if owned is None:
             super()._close_connection(connection, terminate=terminate)
             return
-        # First: once closed, the descriptor's number may be another file's.
-        owned.let_go()
         try:
             super()._close_connection(connection, terminate=terminate)
         except BaseException:
@@ -182,6 +187,8 @@ class HookedQueuePool(QueuePool):
                 super()._close_connection(connection, terminate=True)
             raise
         finally:
+            # Afterwards: if a signal handler forks meanwhile, the child finds the connection, and severs it.
+            owned.let_go()
             owned.give_back_permit()
         entry = cast("PidPoolEntry | None", owned.entry())
         reason: CloseReason = "detached"
@@ -205,13 +212,14 @@ class HookedQueuePool(QueuePool):
         wait = Wait(self.pool_events, self._timeout)
         while True:
             idle: Any = self._pool  # another one if this is a child, forked in the lines below
-            if self._has_room():
+            while self._has_room():
                 budget = self.pool_events.budget
                 permit = wait.take_permit(budget)
-                if permit is not None or budget is None:
-                    entry = self._open_entry(permit)
-                    if entry is not None:
-                        return entry
+                if permit is None and budget is not None:
+                    break
+                entry = self._open_entry(permit)
+                if entry is not None:
+                    return entry
             left = wait.left()
             if left <= 0:
                 raise self._timed_out(wait.reason)
@@ -292,10 +300,15 @@ class HookedQueuePool(QueuePool):
     def takes(self, entry: PidPoolEntry) -> bool:
         """Return whether an entry is the pool's.
 
-        One that was checked out when the pool was disposed of becomes the pool's again, if there is room.
-        Another process's entry never does, nor does one that has left the pool.
+        One that was checked out when the pool was disposed of becomes the pool's again, if there is room. So
+        does one whose creator has forked, with the connection that it opened in the child.
+        Another process's entry never is, nor is one that has left the pool.
         """
-        if entry.inherited or entry.members is None:
+        if entry.counters is not self.pool_events.counters:
+            if owned_connections.get(id(entry.dbapi_connection)) is not entry.owned:
+                return False
+            entry.become_this_process_own()
+        elif entry.members is None:
             return False
         if entry.members is self.members or self.members.add(entry, self._limit):
             return True

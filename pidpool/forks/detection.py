@@ -24,6 +24,7 @@ from typing import Protocol
 # (tests/pool/test_threads.py::test_connecting_threads_that_fork_do_not_wait_for_each_other).
 from pidpool.forks import log_locks
 from pidpool.forks.gate import ConnectGate, Passage
+from pidpool.stats import process_counters
 from pidpool.terms import Trigger
 
 _MADV_WIPEONFORK = 18
@@ -70,7 +71,10 @@ fork_state: _ForkState = _make_state()
 fork_state[0] = SETTLED
 
 _pid = os.getpid()
+noticed_pid = [_pid]
+"""As `process_pid`, for code that must not call a function: a signal handler may fork at each call."""
 _gate = ConnectGate()
+process_counters.watch_forks(fork_state, noticed_pid)
 
 
 def is_hooked() -> bool:
@@ -204,7 +208,7 @@ def notice_fork() -> None:
                 callback(fork)
             if not was_hooked:
                 log_locks.renew(in_hook=False)
-            _pid = os.getpid()
+            _pid = noticed_pid[0] = os.getpid()
             if not is_alone:
                 _gate = ConnectGate()
             fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again

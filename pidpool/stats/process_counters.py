@@ -140,6 +140,24 @@ class _EntryReference(weakref.ref["Entry"]):
     number: int
 
 
+class _State(Protocol):
+    def __getitem__(self, index: int, /) -> int: ...
+
+
+_fork_state: _State = (1,)
+_noticed_pid: _State = (os.getpid(),)
+
+
+def watch_forks(fork_state: _State, noticed_pid: _State) -> None:
+    """Have each count look whether a fork was noticed.
+
+    :param fork_state: has 0 in a process that was forked and has not noticed it.
+    :param noticed_pid: the process, as far as forks were noticed.
+    """
+    global _fork_state, _noticed_pid
+    _fork_state, _noticed_pid = fork_state, noticed_pid
+
+
 class LiveCount:
     """Keeps a cell at the number of certain objects that are alive.
 
@@ -242,7 +260,9 @@ class ProcessCounters:
         self._add(_CREATE_SUM, create_time)
 
     def _add(self, cell: int, number: int = 1) -> None:
-        if self._is_of_this_process():
+        # A signal handler may fork when os.getpid() returns. After that there is no call. A child that has not
+        # noticed its fork does not count here, nor one that has counters of its own.
+        if self._is_of_this_process() and (self._pid == _noticed_pid[0]) == (_fork_state[0] != 0):
             self.cells[cell] += number
 
     def _is_of_this_process(self) -> bool:
@@ -256,6 +276,8 @@ class ProcessCounters:
         counts are right, because CPython does not switch threads between the reading and the writing of
         a cell. Their connections can't be listed.
         """
+        if not self._is_of_this_process():
+            return 0, SCRATCH  # a child makes the entry, forked in the middle of that
         reference = _EntryReference(entry, self._release_slot)
         reference.key = id(entry)
         number = self._claim_slot(reference)

@@ -92,7 +92,7 @@ def five_sleep(engine: Engine) -> bool:
     """Return whether five threads wait, each past its first short sleep, after which it looks again."""
     pool = pool_of(engine)
     waiters = list(pool._pool._waiters)  # type: ignore[attr-defined]
-    return pool.stats().waiting == 5 and all(waiter.is_due for waiter in waiters)
+    return pool.stats().waiting == 5 and all(waiter().is_due for waiter in waiters)
 
 
 def test_forks_in_c_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import itertools
 import json
 import logging
@@ -325,63 +324,70 @@ def interrupt(
 
 
 def harm(
-    make: Callable[..., Any], operation: str, variants: Any, most: int | None
-) -> tuple[int, dict[str, Any]]:
-    """Interrupt an operation at each bytecode; return their number, and what each harmful one did."""
-    interrupt(make, operation, None, Interrupt, False)  # what is imported or made once
-    executed = interrupt(make, operation, None, Interrupt, False)[0].executed
-    found: dict[str, Any] = {}
+    make: Callable[..., Any], operation: str, *, every_variant: bool, most: int | None = None
+) -> tuple[int, dict[int, list[str]]]:
+    """Interrupt an operation at each bytecode; return their number, and what each harmful one did.
+
+    :param every_variant: whether to do it with each of the variants, not with one after the other.
+    :param most: the number of harmful bytecodes that are enough.
+    """
+    for _ in range(2):  # the first time something is imported, or made once
+        executed = interrupt(make, operation, None, Interrupt, False)[0].executed
+    found: dict[int, list[str]] = {}
     for at in itertools.count(1):
         is_over = False
-        for error, keeps in variants:
+        for error, keeps in VARIANTS if every_variant else VARIANTS[at % len(VARIANTS) :][:1]:
             interrupter, wrong = interrupt(make, operation, at, error, keeps)
             is_over = interrupter.where is None
             if wrong and not is_over:
                 kept = "kept" if keeps else "dropped"
-                if os.environ.get("VERBOSE"):
-                    print(at, interrupter.where, kept, wrong, file=sys.stderr, flush=True)
-                found.setdefault(str(at), []).append(
-                    f"{interrupter.where}, {error.__name__} {kept}: {'; '.join(wrong)}"
-                )
-        if is_over or at == most:
+                what = f"{interrupter.where}, {error.__name__} {kept}: {'; '.join(wrong)}"
+                found.setdefault(at, []).append(what)
+        if is_over or len(found) == most:
             break
     return max(executed, at - 1), found
 
 
 VARIANTS = list(itertools.product((Interrupt, SoftTimeLimit), (False, True)))
+
+
+def family_limited(*arguments: Any, **options: Any) -> PidPool:
+    return PidPool(*arguments, family_limit=CAPACITY, **options)
+
+
 POOLS: dict[str, Callable[..., Any]] = {
     "QueuePool": QueuePool,
     "PidPool": PidPool,
-    "PidPool with family_limit": lambda *a, **k: PidPool(*a, family_limit=CAPACITY, **k),
+    "family_limit": family_limited,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pool", nargs="?", choices=POOLS)
-    parser.add_argument("--only", choices=OPERATIONS)
-    parser.add_argument("--variants", type=int, nargs="*", default=range(len(VARIANTS)))
+    parser.add_argument("--only", choices=OPERATIONS, nargs="*", help="operations")
+    parser.add_argument("--every", action="store_true", help="each error, kept and dropped, at each bytecode")
+    parser.add_argument("--most", type=int, help="so many harmful bytecodes of an operation are enough")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    gc.disable()
-    gc.collect()
     pools = [arguments.pool] if arguments.pool else ["QueuePool", "PidPool"]
-    operations = [arguments.only] if arguments.only else list(OPERATIONS)
-    variants = [VARIANTS[number] for number in arguments.variants]
-    table: dict[str, dict[str, Any]] = {}
-    for name in pools:
-        for operation in operations:
-            # QueuePool's wait ends late with each connection that it has lost: those few are enough.
-            executed, found = harm(POOLS[name], operation, variants, None)
-            table.setdefault(name, {})[operation] = {"bytecodes": executed, "harmful": found}
+    operations = arguments.only or list(OPERATIONS)
+    table: dict[str, dict[str, Any]] = {name: {} for name in pools}
+    if not arguments.pool:
+        print(f"{'interrupted at each bytecode of':32}" + "".join(f"{name:>20}" for name in pools))
+    for operation in operations:
+        for name in pools:
+            executed, found = harm(POOLS[name], operation, every_variant=arguments.every, most=arguments.most)
+            table[name][operation] = {"bytecodes": executed, "harmful": found}
+        if not arguments.pool:
+            cells = (table[name][operation] for name in pools)
+            print(
+                f"{operation:32}" + "".join(f"{len(c['harmful']):>11} of {c['bytecodes']:>5}" for c in cells),
+                flush=True,
+            )
     if arguments.pool:
         print(json.dumps(table[arguments.pool], indent=1))
-        return
-    print(f"{'interrupted operation':24}" + "".join(f"{name:>22}" for name in pools))
-    for operation in operations:
-        cells = (table[name][operation] for name in pools)
-        print(f"{operation:24}" + "".join(f"{len(c['harmful']):>13} of {c['bytecodes']:>5}" for c in cells))
 
 
 if __name__ == "__main__":
