@@ -6,12 +6,19 @@ VENV ?= .venv
 # Further requirements for pip, for example: make test VENV=.venv-2.0 REQUIRE='sqlalchemy==2.0.*'
 REQUIRE ?=
 PYTEST_ARGS ?=
+# How many processes `make test` runs tests in, each with a PostgreSQL of its own; 0 for make's child alone.
+PROCESSES ?= logical
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
-SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py -k 'eight or storm or many'
+SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py \
+        tests/forks/test_transfers.py tests/hosts/test_hosts.py -k 'eight or storm or many or rows'
+
+# Each has a virtual environment of its own, since their pins conflict.
+APPLICATIONS ?= optuna
+optuna := 'optuna>=4'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONPATH PYTHONHOME
@@ -20,7 +27,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --editable
 bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
 
-.PHONY: help demo bench test test-system soak sqlalchemy-suite lint format build clean
+.PHONY: help demo bench docs test test-system test-applications soak sqlalchemy-suite lint format build clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -31,11 +38,18 @@ demo: $(VENV)/.demo ## fork over a real PostgreSQL with TLS: SQLAlchemy's pool, 
 bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (BENCH_ARGS=--quick: see that it runs)
 	$(bin)/python -m bench $(BENCH_ARGS)
 
-test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded')
-	$(bounded) $(bin)/python -m pytest -m 'not system' $(PYTEST_ARGS)
+docs: $(VENV)/.docs ## build the documentation into docs/_build/; a warning is an error
+	$(bin)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet --builder html docs docs/_build
+	@echo "docs/_build/index.html"
 
-test-system: $(VENV)/.dev ## run the tests that need Chromium, PgBouncer, Prometheus and npm
+test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded', PROCESSES=0)
+	$(bounded) $(bin)/python -m pytest -m 'not system and not applications' -n $(PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+
+test-system: $(VENV)/.system ## run the tests that need Chromium, MariaDB, PgBouncer, Prometheus, Redis and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
+
+test-applications: $(VENV)/.dev $(APPLICATIONS:%=.venv-%/.made) ## run applications of others by their database URL alone
+	$(bin)/python -m pytest $(APPLICATIONS:%=tests/applications/test_%.py) $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an hour
 	PIDPOOL_SOAK=1 PIDPOOL_FORKS=20000 $(bin)/python -m pytest --timeout=3600 $(SOAK)
@@ -58,7 +72,7 @@ build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(bin)/python -m build
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-* $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.demo: pyproject.toml
@@ -70,10 +84,23 @@ $(VENV)/.demo: pyproject.toml
 	$(pip) '.[demo]' $(if $(REQUIRE),'$(REQUIRE)')
 	@touch $@
 
+.venv-%/.made: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --no-compile --editable . $($*)
+	@touch $@
+
 $(VENV)/.bench: $(VENV)/.demo
 	$(pip) '.[bench]' $(if $(REQUIRE),'$(REQUIRE)')
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.demo
+	$(pip) '.[docs]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.demo
 	$(pip) '.[dev]' $(if $(REQUIRE),'$(REQUIRE)')
+	@touch $@
+
+$(VENV)/.system: $(VENV)/.dev
+	$(pip) '.[system]' $(if $(REQUIRE),'$(REQUIRE)')
 	@touch $@

@@ -58,6 +58,16 @@ def answer(scale: Scale) -> Answer:
         )
         rows.append(Row(f"{name}: CPU time of the child", measured_cpu))
         rows.append(Row(f"{name}: by the clock", Spread.of(_clock(forks)).text(" ms", 1e3)))
+        hook_pages, use_pages = (
+            Spread.of([float(number) for number in numbers])
+            for numbers in ([each.child_faults for each in forks], [each.use_faults for each in forks])
+        )
+        rows.append(
+            Row(
+                f"{name}: pages",
+                f"{hook_pages.text(digits=0)} before os.fork() returned, {use_pages.text(digits=0)} then",
+            )
+        )
     medians = [Spread.of(_cpu(forks)).median * 1e3 for forks in measured.values()]
     panel = Panel("Fork to first row", "ms of the child's CPU time", list(measured), {"": medians})
     return Answer(QUESTION, READING, rows, [panel])

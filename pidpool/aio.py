@@ -6,9 +6,8 @@ import asyncio
 import weakref
 from collections.abc import Callable
 
-from sqlalchemy.util import await_only, greenlet_spawn
-
 from pidpool._sqlalchemy.async_idle_queue import AsyncIdleQueuePool
+from pidpool._sqlalchemy.asyncio_adapter import await_only, greenlet_spawn
 from pidpool.pool import PidPool
 
 
@@ -17,7 +16,8 @@ class AsyncPidPool(AsyncIdleQueuePool, PidPool):
 
     Everything that `PidPool` says holds, in a child that runs an event loop of its own: asyncio
     does not support going on with the parent's. No thread touches a connection: the event loop that opened
-    the pool's newest connection closes what is to be closed.
+    the pool's newest connection closes what is to be closed. A loop that has ended closes nothing, so
+    dispose of the engine in it.
     """
 
     _loop: weakref.ref[asyncio.AbstractEventLoop] | None = None

@@ -6,7 +6,9 @@ counts, and what becomes of it in a forked child.
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextvars import copy_context
@@ -26,8 +28,9 @@ from pidpool.events import overdue
 from pidpool.events.pool_events import PoolEvents, held_back
 from pidpool.events.user_code import calling_line, forking_lines
 from pidpool.events.watched_checkout import WatchedCheckout
-from pidpool.forks import detection, takeover
+from pidpool.forks import detection, openssl, takeover
 from pidpool.forks.detection import SETTLED, fork_state
+from pidpool.forks.openssl import guarded_threads
 from pidpool.forks.takeover import Takeover
 from pidpool.options.checks import check_choice, check_number
 from pidpool.stats import holders, robust_lock
@@ -82,6 +85,7 @@ class PidPool(ClosingQueuePool):
     :raises ValueError: if an option has a value that it does not take.
     :raises TypeError: if an option has a value of the wrong type.
     :raises PermissionError: if the family's file is not this user's own.
+    :raises OSError: if there is a `family_limit`, and the system has no memory to share.
     """
 
     on_foreign: OnForeign
@@ -163,9 +167,9 @@ class PidPool(ClosingQueuePool):
         self.wanted = None if budget is None else budget.wanted
         takeover.add_pool(self)
         shared = self.pool_events.family
-        if shared.private is not None and events is None:
+        if (shared.name or shared.private) is not None and events is None:
             with held_back():  # structlog may be configured after the engine is made
-                self.pool_events.family_private(shared.name, shared.private)
+                self.pool_events.report_family()
 
     # -- the doors
 
@@ -179,6 +183,9 @@ class PidPool(ClosingQueuePool):
             detection.settle()
         if self._refusal is not None:
             self._refuse_checkout(self._refusal)
+        thread = threading.get_ident()
+        if thread not in guarded_threads:
+            openssl.guard_thread(thread)
         started = time.perf_counter_ns()
         # No local variable has the checkout: the frame of an interrupted call lives on in the traceback.
         try:
@@ -330,6 +337,9 @@ class PidPool(ClosingQueuePool):
             idle = takeover.open_connections().idle
             if idle:
                 self._refusal = _Refusal(fork.parent_pid, idle)
+
+    def log_takeover_later(self, takeover: Takeover) -> None:
+        """Have the takeover of this pool and its predecessors logged at the next use."""
         self.pool_events.log_later(self._log_takeover, takeover)
 
     def _log_takeover(self, takeover: Takeover) -> None:
@@ -350,9 +360,9 @@ class PidPool(ClosingQueuePool):
         for tag, state, action, where in takeover.connections:
             self.pool_events.connection_inherited(fork.at, tag, state, action, where, forked_at)
 
-    def log_waiting_events(self) -> None:
-        """Log the events that could not be logged when they happened."""
-        self.pool_events.log_waiting()
+    def log_waiting_events(self, until: float = math.inf) -> None:
+        """Log the events that could not be logged when they happened; none after `until`."""
+        self.pool_events.log_waiting(until)
 
     def replace_inherited(
         self, checkout: CheckedOutConnection, tag: ConnectionTag, driver: Driver, settings: Settings

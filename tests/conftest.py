@@ -1,12 +1,18 @@
-"""What all tests share: one real PostgreSQL with TLS for the session, engines on it, and a check that
-its log stays clean."""
+"""What all tests share: one real PostgreSQL with TLS for each process that runs tests, engines on it, and a
+check that its log stays clean."""
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
+from browser import install_axe
 from engines import MakeEngine
 from sqlalchemy import Engine, create_engine, text
 
@@ -14,10 +20,37 @@ from pidpool import PidPool
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 
+def pytest_collection_finish() -> None:
+    # Otherwise each collection looks at all that was imported, and in a forked child copies its pages.
+    gc.freeze()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _hide_xdists_thread()
+
+
+def _hide_xdists_thread() -> None:
+    """Have a fork count as that of the only thread, as without xdist, whose thread reads from a pipe."""
+    frames, pid = sys._current_frames, os.getpid()
+    hidden = frames().keys() - {threading.get_ident()}
+
+    def without_xdists() -> dict[int, FrameType]:
+        found = frames()
+        if os.getpid() == pid:  # in a forked child another thread may have its number
+            for thread in hidden:
+                found.pop(thread, None)
+        return found
+
+    sys._current_frames = without_xdists
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedPostgres]:
     with EmbeddedPostgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return install_axe(tmp_path_factory.mktemp("axe"))
 
 
 @pytest.fixture(params=["tls", "plain"])

@@ -88,7 +88,8 @@ class CheckedOutConnection(_ConnectionFairy):
                     entry.checkin()
                 else:
                     entry.take_part_again()
-                    _finalize(entry, self._pool, self._echo)
+                    finalize = _finalize_async if self._pool._dialect.is_async else _finalize
+                    finalize(entry, self._pool, self._echo)
         except BaseException as error:
             self.held_connection = None
             let_go_of_frames(error)
@@ -189,7 +190,7 @@ class CheckedOutConnection(_ConnectionFairy):
         self._detached_from = owned
         if owned is not None:
             owned.used_by = None
-            owned.detach(weakref.ref(self))
+            owned.detach(self)
         entry.own_none()
         entry.watched = None  # a detached connection is no longer a checkout of the pool's
         # As SQLAlchemy's own, but that the entry goes back when nothing else has it.
@@ -263,7 +264,7 @@ class CheckedOutConnection(_ConnectionFairy):
         if entry is None:
             self._detached_from = other._detached_from
             if self._detached_from is not None:
-                self._detached_from.detach(weakref.ref(self))
+                self._detached_from.detach(self)
         else:
             if inherited is not None:
                 # What SQLAlchemy wants undone at checkin, such as an isolation level.
@@ -286,6 +287,22 @@ def _finalize(entry: PidPoolEntry, pool: Pool, echo: Any) -> None:
         finalize(None, entry, pool, echo, transaction_was_reset=False, is_gc_cleanup=True)
 
 
+def _finalize_async(entry: PidPoolEntry, pool: Any, echo: Any) -> None:
+    """Have SQLAlchemy return the entry of an async checkout that was dropped.
+
+    A finalizer can't wait for a rollback, so the connection is terminated, or dropped if the dialect can't.
+    """
+    owned = entry.owned_now
+    entry.close_reason = "collected"
+    try:
+        _finalize(entry, pool, echo)
+        if owned is not None and not pool._dialect.has_terminate:
+            entry.own_none()
+            pool.pool_events.connection_closed(owned.tag, "collected")
+    finally:
+        entry.close_reason = "recycled"
+
+
 def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
     """Check a connection out by SQLAlchemy's own code, and take the checkout over."""
     theirs: Any = _ConnectionRecord.checkout(pool)  # names their own class
@@ -294,6 +311,8 @@ def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
     if not contract.FINALIZER_TAKES_REFERENCE:
         theirs._finalizer.detach()
     entry = theirs._connection_record
+    if entry.inherited and theirs.dbapi_connection is entry.dbapi_connection:
+        return _check_out_by_sqlalchemy(pool)  # a connect listener has forked, and this is the child
     # In a child forked in the lines above, the entry has the stand-in for the connection that theirs has.
     connection = entry.dbapi_connection if entry.inherited else theirs.dbapi_connection
     ours = CheckedOutConnection(pool, connection, entry, theirs._echo)

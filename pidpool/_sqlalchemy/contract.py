@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import __version__, event, util
+from sqlalchemy.connectors import asyncio as asyncio_connector
 from sqlalchemy.event import attr
 from sqlalchemy.pool import Pool, QueuePool, base
 from sqlalchemy.util import queue
@@ -190,7 +191,15 @@ def _check_first_connect() -> None:
         _has(listeners, name, "event.attr._ListenerCollection")
 
 
+def _check_asyncio() -> None:
+    for name in ("await_only", "greenlet_spawn"):  # without greenlet they raise if they are called
+        _get(util, name, "util")
+    adapter: Any = asyncio_connector.AsyncAdapt_dbapi_connection
+    _slots(adapter, "connectors.asyncio.AsyncAdapt_dbapi_connection", "_execute_mutex")
+
+
 _check_base()
 _check_finalizer()
 _check_pool()
 _check_first_connect()
+_check_asyncio()

@@ -14,10 +14,10 @@ from sqlalchemy.pool.base import _ConnectionRecord
 
 from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
 from pidpool._sqlalchemy.entry_list import EntryList
-from pidpool.drivers import driver_of
+from pidpool.drivers import driver_of, sockets_before, unknown_driver
 from pidpool.events.pool_events import PoolEvents
 from pidpool.events.watched_checkout import WatchedCheckout
-from pidpool.forks import detection, ownership, severing
+from pidpool.forks import detection, openssl, ownership, severing
 from pidpool.forks.detection import FORKED, fork_state, noticed_pid
 from pidpool.forks.ownership import Checkout, OwnedConnection
 from pidpool.stats.budget import Permit
@@ -125,6 +125,8 @@ class PidPoolEntry(_ConnectionRecord):
 
         :param create: SQLAlchemy's function that opens one for an entry.
         """
+        severing.make_dead_socket()  # for a child at its limit of open files
+        before = sockets_before(getattr(self.pidpool.engine_dialect, "driver", None))
         connection = create(self)
         # Without a call in between, in which a signal handler could fork. If the creator has forked, the
         # connection is the child's. If a handler forks in the lines below, it is the parent's.
@@ -132,8 +134,9 @@ class PidPoolEntry(_ConnectionRecord):
         if fork_state[0] == FORKED:
             detection.notice_fork()
             owner = noticed_pid[0]
+        openssl.look(type(connection).__module__)
         sever = self.pidpool.inherited_sockets == "sever"
-        owned = ownership.tag_connection(connection, self, sever=sever)
+        owned = ownership.tag_connection(connection, self, sever=sever, before=before)
         if fork_state[0] == FORKED:
             detection.notice_fork()
         if noticed_pid[0] != owner:
@@ -142,7 +145,6 @@ class PidPoolEntry(_ConnectionRecord):
         self.own(owned)
         self._hand_permit_over(connection)
         self.pidpool.start_idle_thread()
-        severing.dead_socket()  # made ahead, for a child at its limit of open files
         try:
             # One statement, once in a family, before the application has the connection.
             self.pool_events.family.learn_server_max_connections(
@@ -255,12 +257,11 @@ class PidPoolEntry(_ConnectionRecord):
     def _ConnectionRecord__connect(self) -> None:
         # Every connect and reconnect of an entry passes here, its first-connect events included. A fork has
         # to wait for all of it: a dialect half initialised by another thread would stay so in the child.
+        if self.permit is None:
+            self.permit = self.pidpool.wait_for_permit()
         self.close_reason = "failed"
         started = time.perf_counter()
         try:
-            if self.permit is None:
-                self.permit = self.pidpool.wait_for_permit()
-            started = time.perf_counter()
             took = detection.hold_forks_during(super()._ConnectionRecord__connect)  # type: ignore[misc]
         except BaseException as error:
             self.pool_events.connection_failed(error, time.perf_counter() - started)
@@ -272,6 +273,9 @@ class PidPoolEntry(_ConnectionRecord):
                 self.permit = None
         if self.owned is not None:
             self.pool_events.connection_opened(self.owned.tag, took)
+            unknown = unknown_driver(self.dbapi_connection)
+            if unknown is not None:
+                self.pool_events.driver_unknown(unknown, self.owned.tag)
 
     def close(self) -> None:
         if self._let_go_if_inherited():

@@ -45,6 +45,8 @@ class ClosingQueuePool(HookedQueuePool):
         """Close the idle connections that are due; return the seconds until the next look."""
         budget, now = self.pool_events.budget, time.perf_counter_ns()
         is_wanted = budget is not None and budget.is_wanted()
+        if budget is not None and is_wanted:
+            budget.settle()
         bound = math.inf if self.max_idle is None else self.max_idle
         longest = max((now - since for since in self._idle_since()), default=0) / 1e9
         if longest >= (min(bound, GIVEN_BACK_AFTER) if is_wanted else bound):

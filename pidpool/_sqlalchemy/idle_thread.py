@@ -12,6 +12,10 @@ import time
 import weakref
 from typing import Protocol
 
+from sqlalchemy.exc import InvalidRequestError
+
+from pidpool.forks import openssl
+from pidpool.stats import daemon_thread
 from pidpool.stats.bell import Bell
 
 LONGEST_SLEEP = 60.0
@@ -30,15 +34,17 @@ def start(pool: LookedAfterPool, bell: Bell | None) -> None:
 
     :param bell: wakes it when another process wants a connection; None if none can.
     """
-    arguments = weakref.ref(pool), bell
-    thread = threading.Thread(target=_run, args=arguments, name="pidpool-idle", daemon=True)
     try:
-        thread.start()
+        daemon_thread.start("pidpool-idle", _run, weakref.ref(pool), bell)
     except RuntimeError:  # no more threads to be had, or the interpreter is ending
         pass
 
 
 def _run(reference: weakref.ref[LookedAfterPool], bell: Bell | None) -> None:
+    try:
+        openssl.guard_thread(threading.get_ident())
+    except InvalidRequestError:
+        return  # it could close no connection
     while True:
         # Before the look: a ring that comes after it ends the sleep at once.
         heard = 0 if bell is None else bell.heard()

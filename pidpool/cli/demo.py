@@ -74,8 +74,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     "--database",
     metavar="URL",
     help="SQLAlchemy URL of a PostgreSQL to use. Default: start one for this run. The demo creates tables "
-    "named pidpool_demo_... there and drops them. It can't read that server's log, so the table shows "
-    "complaints as unknown.",
+    "whose names begin with pidpool_demo, and drops them. It can't read that server's log, so the table "
+    "shows complaints as unknown.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON to standard output instead of a table.")
 def command(iterations: int, database: str | None, as_json: bool) -> None:

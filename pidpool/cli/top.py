@@ -136,9 +136,9 @@ def _connections(family: Family) -> Text:
     if server is None:
         line.append(f"; {most}")
     elif family.maximum is None or family.maximum > server:
-        line.append(f"; {most}, more than the server's {server}", "bold red")
+        line.append(f"; {most}; the server allows only {server}", "bold red")
     else:
-        line.append(f"; {most} of the server's {server}")
+        line.append(f"; {most}; the server allows {server}")
     return line
 
 

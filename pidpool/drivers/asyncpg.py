@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pidpool.drivers.base import Driver, Settings
+from pidpool.drivers.adapted import Adapted
+from pidpool.drivers.base import Settings
 
 
-class AsyncPG(Driver):
+class AsyncPG(Adapted):
     # The adapter keeps the settings itself and begins transactions with them.
     def fileno(self, connection: Any) -> int | None:
         return int(connection.driver_connection._transport.get_extra_info("socket").fileno())
@@ -18,9 +19,15 @@ class AsyncPG(Driver):
     def in_transaction(self, connection: Any) -> bool | None:
         return bool(connection.driver_connection.is_in_transaction())
 
-    def is_busy(self, connection: Any) -> bool | None:
-        return bool(connection._execute_mutex.locked())  # the adapter's, held during each statement
-
     def settings(self, connection: Any) -> Settings | None:
-        names = ("isolation_level", "_isolation_setting", "readonly", "deferrable")
-        return {name: getattr(connection, name) for name in names}
+        return {name: getattr(connection, name) for name in ("isolation_level", "readonly", "deferrable")}
+
+    def apply(self, connection: Any, settings: Settings) -> None:
+        others = dict(settings)
+        level = others.pop("isolation_level", None)
+        # Each by its own way, so that the adapter has the level to which autocommit returns too.
+        if level == "autocommit":
+            connection.autocommit = True
+        elif level != connection.isolation_level:
+            connection.set_isolation_level(level)
+        super().apply(connection, others)

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pidpool.drivers.sockets import Sockets
+
 Settings = Mapping[str, object]
 """What a driver holds locally of a connection's settings, by the names of its attributes."""
 
@@ -15,7 +17,7 @@ class Driver:
     """A driver that is not known: it may have a descriptor, and says nothing else.
 
     In a child these are the only calls that may be made on an inherited connection, but for
-    `max_connections`.
+    `find_fileno` and `max_connections`.
     """
 
     def fileno(self, connection: Any) -> int | None:
@@ -24,6 +26,14 @@ class Driver:
             number = connection.fileno()
             if isinstance(number, int) and number >= 0:
                 return number
+        return None
+
+    def find_fileno(self, connection: Any, before: Sockets) -> int | None:
+        """Find the descriptor of a connection just opened whose driver does not give it; None if that is not
+        possible. May ask the server.
+
+        :param before: the sockets that there were before the connect.
+        """
         return None
 
     def server_pid(self, connection: Any) -> int | None:
@@ -50,6 +60,6 @@ class Driver:
     def max_connections(self, connection: Any) -> int | None:
         """Ask the server how many connections it takes; None if the way to ask is not known.
 
-        The one method here that sends something: for a new connection of this process's own.
+        As `find_fileno` for a new connection of this process's own: the two methods that may send something.
         """
         return None

@@ -1,4 +1,8 @@
-"""CPython's sqlite3."""
+"""CPython's sqlite3, and aiosqlite (read in version 0.22) under SQLAlchemy's asyncio adapter.
+
+They have no descriptor to sever: inherited handles are pinned and never closed, since closing one drops the
+owner's locks on the file (https://sqlite.org/howtocorrupt.html, section 2.6).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ from pidpool.drivers.base import Driver, Settings
 
 
 class SQLite(Driver):
-    # Has no descriptor to sever: its inherited handles are pinned and never closed, since closing one
-    # drops the owner's locks on the file (https://sqlite.org/howtocorrupt.html, section 2.6).
+    def fileno(self, connection: Any) -> int | None:
+        return None
+
     def in_transaction(self, connection: Any) -> bool | None:
         return bool(connection.in_transaction)
 
@@ -18,3 +23,11 @@ class SQLite(Driver):
 
     def settings(self, connection: Any) -> Settings | None:
         return {"isolation_level": connection.isolation_level}
+
+
+class AioSQLite(SQLite):
+    def in_transaction(self, connection: Any) -> bool | None:
+        return super().in_transaction(connection.driver_connection)
+
+    def settings(self, connection: Any) -> Settings | None:
+        return super().settings(connection.driver_connection)

@@ -53,7 +53,7 @@ class EventLogger:
         try:
             return self._takes_level(level)
         except Exception:
-            return True  # the logger's own affair; `write` complains of it
+            return True  # `write` then meets the error, and reports it
 
     def write(self, level: str, event: str, fields: dict[str, object]) -> None:
         """Log an event; an error in the logger costs the event, and no connection.
@@ -82,7 +82,7 @@ class EventLogger:
         try:
             self._takes_level = _level_check(self._bound_logger())
         except Exception:
-            self._takes_level = _always  # `write` will complain
+            self._takes_level = _always  # `write` reports it
         self._factory, self._wrapper, self._configured = factory, wrapper, configured
 
     def _bound_logger(self) -> Any:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterable
 
 from pidpool.events.watched_checkout import WatchedCheckout
+from pidpool.stats import daemon_thread
 
 _to_start = [True]  # popped by the thread that starts the watching one; a lock could be inherited locked
 _next_look = math.inf  # time.perf_counter()
@@ -47,9 +47,8 @@ def _start(watched: Callable[[], Iterable[WatchedCheckout]]) -> None:
         _to_start.pop()
     except IndexError:
         return  # another thread was first
-    thread = threading.Thread(target=_run, args=(_wake, watched), name="pidpool-overdue", daemon=True)
     try:
-        thread.start()
+        daemon_thread.start("pidpool-overdue", _run, _wake, watched)
     except RuntimeError:  # no more threads to be had, or the interpreter is ending
         _to_start.append(True)
 

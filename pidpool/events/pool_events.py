@@ -5,6 +5,7 @@ arguments, so a misspelt or missing one fails the type check.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 from pidpool.events.logger import EventLogger
 from pidpool.events.pool_names import name_for
+from pidpool.events.user_code import ForkingLines
 from pidpool.stats.family import Family
 from pidpool.stats.process_counters import Count
 from pidpool.stats.snapshots import FamilyStats
@@ -102,8 +104,9 @@ class PoolEvents:
         self._logger = EventLogger(logger)
         self.is_enabled = self._logger.is_enabled
         """``is_enabled(level)`` says whether an event of this level would be logged at present."""
-        self.forked_at: str | None = None
+        self.forked_at: ForkingLines | None = None
         """The line of the last fork, with its callers; in a child that of the fork which made it."""
+        self._is_driver_known = True
         self._note_waiting = note_waiting
         self._waiting: deque[_WaitingEvent | tuple[Callable[..., None], Any]] = deque(maxlen=MOST_WAITING)
 
@@ -210,7 +213,7 @@ class PoolEvents:
     # -- forks
 
     def note_fork(
-        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
+        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: ForkingLines | None
     ) -> None:
         """Count a fork in the parent's at-fork hook, and have it logged later if a connection is open."""
         self.counters.add_fork()
@@ -219,11 +222,11 @@ class PoolEvents:
             self.log_later(self.pool_forked, at, idle, checked_out, in_transaction, forked_at)
 
     def pool_forked(
-        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: str | None
+        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: ForkingLines | None
     ) -> None:
         """The parent forked a child, with so many connections open.
 
-        `forked_at` is the line that forked with its callers (`user_code.forking_lines`), here and below.
+        `forked_at` is the line that forked with its callers (see `ForkingLines`), here and below.
         """
         self._emit(
             "info",
@@ -244,7 +247,7 @@ class PoolEvents:
         checked_out: int,
         in_transaction: int,
         connects_in_flight: int,
-        forked_at: str | None,
+        forked_at: ForkingLines | None,
     ) -> None:
         """A forked child took the pool over; `trigger` names what noticed the fork.
 
@@ -271,7 +274,7 @@ class PoolEvents:
         state: StateAtFork,
         action: SocketAction,
         where: str | None,
-        forked_at: str | None,
+        forked_at: ForkingLines | None,
     ) -> None:
         """The cross-process leak: the child logs one for each inherited connection.
 
@@ -311,7 +314,7 @@ class PoolEvents:
     def pool_over_maximum(
         self, processes: int, maximum: int | None, server_max_connections: int | None
     ) -> None:
-        """The family's processes may open more connections than their server takes; logged once."""
+        """The family's processes may open more connections than their server allows; logged once."""
         self._emit(
             "warning",
             "pool.over_maximum",
@@ -320,9 +323,37 @@ class PoolEvents:
             server_max_connections=server_max_connections,
         )
 
-    def family_private(self, family: str | None, reason: str) -> None:
-        """A named family can't be shared: it is this process and those forked from it."""
-        self._emit("warning", "family.private", family=family, reason=reason)
+    def report_family(self) -> None:
+        """Log what a process should know that has joined a named family."""
+        if self.family.private is not None:
+            self.family_private(self.family.private)
+        other = self.family.other_limit()
+        if other is not None:
+            self.family_limits_differ(*other)
+
+    def family_private(self, reason: str) -> None:
+        """A family can't be shared: a named one is this process and those forked from it.
+
+        Without memory for those, each process is listed alone.
+        """
+        self._emit("warning", "family.private", family=self.family.name, reason=reason)
+
+    def family_limits_differ(self, other_limit: int | None, other_pid: int) -> None:
+        """Another process of a named family has another `family_limit`, or none: each keeps to its own."""
+        self._emit(
+            "warning",
+            "family.limits_differ",
+            family=self.family.name,
+            family_limit=self.family.limit,
+            other_limit=other_limit,
+            other_pid=other_pid,
+        )
+
+    def driver_unknown(self, driver: str, tag: ConnectionTag) -> None:
+        """pidpool does not know the driver, so it can't read the state of a transaction; logged once."""
+        if self._is_driver_known:
+            self._is_driver_known = False
+            self._emit("warning", "driver.unknown", driver=driver, has_descriptor=tag.fd is not None)
 
     # -- how an event is logged
 
@@ -348,9 +379,12 @@ class PoolEvents:
         self._waiting.append((function, arguments))
         self._note_waiting()
 
-    def log_waiting(self) -> None:
-        """Log the events that wait."""
-        while self._waiting:
+    def log_waiting(self, until: float = math.inf) -> None:
+        """Log the events that wait.
+
+        :param until: `time.monotonic` after which no further event is logged.
+        """
+        while self._waiting and time.monotonic() < until:
             if self._logger.is_writing or _thread.held_back:
                 self._note_waiting()  # a log handler or a finalizer uses the pool: after it
                 return
@@ -384,6 +418,9 @@ class PoolEvents:
     def _log(
         self, at: float, level: str, event: str, tag: ConnectionTag | None, fields: dict[str, object]
     ) -> None:
+        lines = fields.get("forked_at")
+        if isinstance(lines, ForkingLines):
+            fields = {**fields, "forked_at": lines.text()}
         if tag is not None:
             fields = {
                 "connection_id": tag.connection_id,

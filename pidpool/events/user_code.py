@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from types import CodeType, FrameType
+from typing import Any
 
 # By the module and not by the file: SQLAlchemy's generated functions have neither.
 _NOT_THE_USERS = frozenset(["sqlalchemy", "pidpool", "contextlib", ""])
 
 _MOST_AT_A_FORK = 4
 """The line that forked and three callers."""
+
+_MOST_LOOKED_AT = 40
+"""Callers of a fork that are looked at: multiprocessing, Celery and gunicorn have a dozen of their own."""
 
 _STANDARD_LIBRARY = (os.path.dirname(os.__file__) + os.sep, "<frozen ")
 _SCRIPTS = os.path.dirname(sys.executable) + os.sep
@@ -45,22 +49,42 @@ def calling_line() -> CodeLine | None:
     return found
 
 
-def forking_lines() -> str | None:
-    """Return the line of the user's code that forks and its callers, nearest first, separated by `` < ``.
-
-    May be called inside an at-fork hook. The user's code is what is neither the standard library
-    (multiprocessing, concurrent.futures) nor installed beside it (gunicorn, billiard). If no line of the
-    user's code is running, as when gunicorn forks its workers, it is the lines of the installed package.
+class ForkingLines:
+    """The lines that ran at a fork, the nearest first. They become a text when it is asked for: to make it
+    touches dozens of memory pages, each of which the fork that follows has to copy.
     """
-    found: list[list[str]] = [[], [], []]
+
+    __slots__ = ("_text", "_lines")
+
+    def __init__(self, lines: list[tuple[CodeType, int | None, Any]]) -> None:
+        self._lines = lines
+        self._text: str | None = None
+
+    def text(self) -> str | None:
+        """Return the line of the user's code that forked and its callers, separated by `` < ``.
+
+        The user's code is what is neither the standard library (multiprocessing, concurrent.futures) nor
+        installed beside it (gunicorn, billiard). If no line of the user's code ran, as when gunicorn forks
+        its workers, it is the lines of the installed package.
+        """
+        if self._lines:
+            found: list[list[str]] = [[], [], []]
+            for code, line, module in self._lines:
+                if _is_outside(module):
+                    found[_distance(code.co_filename)].append(str(CodeLine(code, line)))
+            self._text = " < ".join(next(filter(None, found), [])[:_MOST_AT_A_FORK]) or None
+            self._lines = []
+        return self._text
+
+
+def forking_lines() -> ForkingLines:
+    """Return the lines that run at a fork. May be called inside an at-fork hook."""
+    lines: list[tuple[CodeType, int | None, Any]] = []
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and len(found[0]) < _MOST_AT_A_FORK:
-        if _is_outside(frame):
-            lines = found[_distance(frame.f_code.co_filename)]
-            if len(lines) < _MOST_AT_A_FORK:
-                lines.append(str(CodeLine(frame.f_code, frame.f_lineno)))
+    while frame is not None and len(lines) < _MOST_LOOKED_AT:
+        lines.append((frame.f_code, frame.f_lineno, frame.f_globals.get("__name__")))
         frame = frame.f_back
-    return " < ".join(next(filter(None, found), [])) or None
+    return ForkingLines(lines)
 
 
 def _distance(filename: str) -> int:
@@ -70,14 +94,13 @@ def _distance(filename: str) -> int:
     return 2 if filename.startswith(_STANDARD_LIBRARY) else 0
 
 
-def _is_outside(frame: FrameType) -> bool:
-    module = frame.f_globals.get("__name__") or ""
-    return module.partition(".")[0] not in _NOT_THE_USERS
+def _is_outside(module: Any) -> bool:
+    return (module or "").partition(".")[0] not in _NOT_THE_USERS
 
 
 def _outside(frame: FrameType | None) -> CodeLine | None:
     while frame is not None:
-        if _is_outside(frame):
+        if _is_outside(frame.f_globals.get("__name__")):
             return CodeLine(frame.f_code, frame.f_lineno)
         frame = frame.f_back
     return None

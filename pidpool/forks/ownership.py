@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from pidpool.drivers import driver_of
+from pidpool.drivers import Sockets, driver_of, under_adapter
 from pidpool.forks import severing
 from pidpool.forks.detection import FORKED, fork_state, process_pid
 from pidpool.tag import ConnectionTag
@@ -69,6 +69,7 @@ class OwnedConnection:
         "permit",
         "is_severed",
         "_connection",
+        "_driver_connection",
         "_entry",
         "_key",
         "__weakref__",
@@ -92,11 +93,18 @@ class OwnedConnection:
         self.identity = identity
         self._key = id(connection)
         self._entry: weakref.ref[Entry] = weakref.ref(entry)
-        self._connection: weakref.ref[Any] | None
+        self._connection = self._watch(connection)
+        self._driver_connection = None
+        if self._connection is None:
+            # Of a collected checkout SQLAlchemy drops the connection if the driver can't close it in a
+            # finalizer, as psycopg (tests/pool/test_async.py::test_a_collected_checkout_is_closed_as_such).
+            self._driver_connection = self._watch(under_adapter(connection))
+
+    def _watch(self, connection: Any) -> weakref.ref[Any] | None:
         try:
-            self._connection = weakref.ref(connection, self._collected)
-        except TypeError:  # has no weak references: pyodbc's, SQLAlchemy's asyncio adapters
-            self._connection = None
+            return None if connection is None else weakref.ref(connection, self._collected)
+        except TypeError:  # has no weak references: pyodbc's, SQLAlchemy's adapters for asyncio
+            return None
 
     def entry(self) -> Entry | None:
         """Return the pool entry that the connection was opened for, or None if that is gone."""
@@ -123,13 +131,18 @@ class OwnedConnection:
         if self.is_severed or not (self.sever or even_if_kept) or self.fd is None or self.identity is None:
             return self.is_severed
         if severing.socket_identity(self.fd) == self.identity:
-            severing.sever(self.fd, severing.dead_socket())
-            self.is_severed = True
+            try:
+                severing.sever(self.fd, severing.dead_socket())
+                self.is_severed = True
+            except OSError:
+                pass  # no descriptor is left, say: it stays as it is, and is never used
         return self.is_severed
 
-    def detach(self, checkout: weakref.ref[Any]) -> None:
+    def detach(self, checkout: Any) -> None:
         """Note that the checkout has taken the connection out of the pool."""
-        self.detached = checkout
+        is_watched = self._connection is not None or self._driver_connection is not None
+        # If nothing else can be: then the connection ends with the checkout, unless it is kept by itself.
+        self.detached = weakref.ref(checkout, None if is_watched else self._collected)
         if owned_connections.get(self._key) is self:
             detached_connections[self._key] = self
 
@@ -180,7 +193,10 @@ def sever_all() -> bool:
     The same as `OwnedConnection.sever_socket` for each, in one function: a child pays for each object that it
     touches. Device and inode say by themselves that it is a socket.
     """
-    fstat, dup2, dead_socket = os.fstat, os.dup2, severing.dead_socket()
+    try:
+        fstat, dup2, dead_socket = os.fstat, os.dup2, severing.dead_socket()
+    except OSError:
+        return False
     all_severed = True
     for owned in owned_connections.values():
         fd = owned.fd
@@ -199,12 +215,19 @@ def sever_all() -> bool:
     return all_severed
 
 
-def tag_connection(connection: Any, entry: Entry, *, sever: bool) -> OwnedConnection:
-    """Tag a connection that was just opened and note that this process owns it."""
+def tag_connection(
+    connection: Any, entry: Entry, *, sever: bool, before: Sockets | None = None
+) -> OwnedConnection:
+    """Tag a connection that was just opened and note that this process owns it.
+
+    :param before: the sockets that there were before, if the driver may give no descriptor.
+    """
     driver = driver_of(connection)
     # If the driver fails here, that is no reason to lose a good connection: what can't be read is None.
     try:
         fd = driver.fileno(connection)
+        if fd is None and before is not None:
+            fd = driver.find_fileno(connection, before)
     except Exception:
         fd = None
     try:

@@ -58,6 +58,29 @@ def dead_socket() -> int:
     return _dead_socket.fileno()
 
 
+def make_dead_socket() -> None:
+    """Make the dead socket ahead, before a connection is opened.
+
+    :raises OSError: if this process has no descriptors left for it.
+    """
+    try:
+        _dead_socket.fileno()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: no connection is opened, since a forked child needs two descriptors more for "
+            f"its dead socket; close files in pid {os.getpid()} or raise its limit{_limit_of_files()}",
+        ) from None
+
+
+def _limit_of_files() -> str:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return ""
+    return f" of open files, {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
+
+
 def socket_identity(fd: int) -> tuple[int, int] | None:
     """Return the device and inode of a socket; None if the descriptor is closed or no socket."""
     try:

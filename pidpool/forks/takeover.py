@@ -51,7 +51,10 @@ class ForkablePool(ReplacingPool, Protocol):
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace in the child everything that another thread may have held at the fork."""
 
-    def log_waiting_events(self) -> None: ...
+    def log_takeover_later(self, takeover: Takeover) -> None:
+        """Have what the child found in a pool and its predecessors logged at its next use."""
+
+    def log_waiting_events(self, until: float) -> None: ...
 
 
 _pools: dict[int, weakref.ref[ForkablePool]] = {}
@@ -194,8 +197,14 @@ def _take_over(fork: NoticedFork) -> None:
         takeovers[id(pool)] = pool, Takeover(fork)
     for owned in list(owned_connections.values()):
         connection = owned.connection()
-        if connection is None or isinstance(connection, DisownedConnection):
-            continue  # the latter if this was interrupted, and begins again
+        if connection is None:
+            # Detached and dropped before the fork was noticed. An adapter of SQLAlchemy's for asyncio has no
+            # weak reference whose end would have severed it
+            # (test_async.py::test_an_async_parent_never_notices).
+            owned.sever_socket()
+            continue
+        if isinstance(connection, DisownedConnection):
+            continue  # this was interrupted, and begins again
         entry, checkout, pool = _holders(owned)
         if pool is not None:
             state = _state(connection, entry)
@@ -209,9 +218,18 @@ def _take_over(fork: NoticedFork) -> None:
             place = None if entry is None else entry.checked_out_at
             inherited = InheritedConnection(owned.tag, state, action, place)
             takeovers[id(pool)][1].connections.append(inherited)
+    of_lineages: dict[object, tuple[ForkablePool, Takeover]] = {}
     for pool, takeover in takeovers.values():
         pool.start_from_zero(takeover)
         severing.unpin(pool)  # it will have connections of this process's own, which are to be closed with it
+        # A pool that was disposed of lives as long as a checkout of it. In the log both are one pool,
+        # as in the counts (test_events.py::test_a_pool_and_its_predecessors_are_adopted_once).
+        if pool.lineage in of_lineages:
+            of_lineages[pool.lineage][1].connections.extend(takeover.connections)
+        else:
+            of_lineages[pool.lineage] = pool, takeover
+    for pool, takeover in of_lineages.values():
+        pool.log_takeover_later(takeover)
     owned_connections.clear()
     detached_connections.clear()
 
@@ -224,18 +242,20 @@ def _put_stand_in(
     pool: ForkablePool,
     state: StateAtFork,
 ) -> None:
-    if checkout is not None and checkout.held_connection is not connection:
-        checkout = None
-    stand_in = DisownedConnection(Inheritance(pool, tag, connection, state, checkout))
-    if checkout is not None:
+    is_held = checkout is not None and checkout.held_connection is connection
+    is_in_entry = entry is not None and entry.dbapi_connection is connection
+    # Of a checkout whose dead connection is just replaced, the entry has the new one already.
+    its_checkout = checkout if is_held or is_in_entry else None
+    stand_in = DisownedConnection(Inheritance(pool, tag, connection, state, its_checkout))
+    if checkout is not None and is_held:
         checkout.held_connection = stand_in
-    if entry is not None and entry.dbapi_connection is connection:
+    if entry is not None and is_in_entry:
         entry.dbapi_connection = stand_in
 
 
-def _log_waiting_events() -> None:
+def _log_waiting_events(until: float) -> None:
     for pool in pools():
-        pool.log_waiting_events()
+        pool.log_waiting_events(until)
 
 
 detection.register_fork_callback(_note_fork)

@@ -124,6 +124,7 @@ class Budget:
                 self._settle()
 
         self._lock.run(_LOCK_WAIT, take)
+        self.settle()
         return taken[0] if taken else None
 
     def take_back(self, permit: Permit) -> None:
@@ -132,8 +133,21 @@ class Budget:
             self.settle()
 
     def settle(self) -> None:
-        """Have the cells say how many permits this process has, those not counted that were lost."""
-        self._lock.run(_LOCK_WAIT, self._settle)
+        """Have the cells say how many permits this process has, as far as they do not.
+
+        A finalizer that gives a permit back in the middle of another use of the lock can't have the lock.
+        Nor can a thread if the process that has it is stopped.
+        """
+        for _ in range(3):
+            if self._count() == self._cells[PERMITS] or not self._lock.run(_LOCK_WAIT, self._settle):
+                return
+
+    def _count(self) -> int:
+        """Return how many permits this process has. One whose end was interrupted is forgotten."""
+        for key, reference in list(self.held.items()):
+            if reference() is None and self.held.get(key) is reference:
+                self.held.pop(key, None)
+        return len(self.held)
 
     def _settle(self) -> None:
         """Have the cells say how many permits this process has; under the lock.
@@ -141,10 +155,7 @@ class Budget:
         A process that is killed in the middle leaves a sum that is right or too high, since its own permits
         count no more.
         """
-        for key, reference in list(self.held.items()):
-            if reference() is None and self.held.get(key) is reference:
-                self.held.pop(key, None)  # its end was interrupted
-        held, cells, head = len(self.held), self._cells, self._head
+        held, cells, head = self._count(), self._cells, self._head
         change = held - cells[PERMITS]
         if change:
             cells[PERMITS] = held

@@ -8,6 +8,7 @@ for a bounded time. No process waits for a reader.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -23,6 +24,7 @@ from pidpool.stats.process_counters import (
     HEAD_CELLS,
     HOLD_WARNING,
     JOINED,
+    LIMIT,
     MAX_OVERFLOW,
     PARENT_PID,
     PID,
@@ -56,7 +58,10 @@ _NAMED_SLOTS = 129
 # -- the head of the memory, in cells behind the lock
 
 _BLOCKS_USED, _UNLISTED, _SERVER_MAX, _WARNED, _FLIPS, _KEY = range(LOCK_SIZE // 8, LOCK_SIZE // 8 + 6)
-_BUDGET = _KEY + 1
+_MAXIMA = _KEY + 1
+"""How many connections the processes may open together; too high while those that have ended are in it. With
+it a child has not to read the blocks of all others, each of which is a page that it has not touched yet."""
+_BUDGET = _MAXIMA + 1
 _ERROR_TYPES = _BUDGET + budget.CELLS
 _DEPARTED = _ERROR_TYPES + error_types.CELLS
 """Two buffers for the sums of the departed. The low bit of the flip count selects the valid buffer. The next
@@ -85,6 +90,7 @@ class Family:
         process and those that are forked from it.
     :param limit: how many connections the family may have open; None for no limit.
     :raises FamilyRefused: if the family's file is not this user's own.
+    :raises OSError: if there is a limit, and no shared memory to keep it in.
     """
 
     def __init__(
@@ -98,7 +104,7 @@ class Family:
         self.name = name
         self.limit = limit
         self.private: str | None = None
-        """Why the family has no other processes than those forked from this one, although it has a name."""
+        """Why the family has no other processes than it should, if its memory could not be shared."""
         self._size, self._max_overflow = size, max_overflow
         self._hold_warning = 0 if hold_warning is None else int(hold_warning * 1e6) + 1
         self._blocks = BLOCKS
@@ -141,9 +147,17 @@ class Family:
         try:
             # Pages that are never touched take no memory.
             return family_memory.anonymous(self._bytes())
-        except (OSError, ValueError):  # a limit on address space
+        except (OSError, ValueError) as error:  # a limit on address space
+            wanted = self._bytes()
             self._blocks = 1
-            return family_memory.anonymous(self._bytes())
+            self.private = f"no {wanted} bytes of shared memory for {BLOCKS} processes: {error}"
+            if self.limit is not None:
+                raise OSError(
+                    errno.ENOMEM,
+                    f"family_limit={self.limit} needs shared memory, and there is {self.private}; raise the "
+                    f"limit on address space (RLIMIT_AS) of pid {os.getpid()}, or take family_limit=None",
+                ) from None
+            return memoryview(bytearray(self._bytes()))
 
     def _set_slots(self, slots: int) -> None:
         self._slots = slots
@@ -180,6 +194,7 @@ class Family:
 
     def _start(self, number: int, parent_pid: int | None) -> ProcessCounters:
         own = self._enter(self._block(number), parent_pid)
+        self._cells[_MAXIMA] += _maximum(own.cells)
         self._cells[_BLOCKS_USED] = max(self._cells[_BLOCKS_USED], number + 1)
         return own
 
@@ -198,6 +213,7 @@ class Family:
         block[SIZE] = self._size
         block[MAX_OVERFLOW] = self._max_overflow + 1
         block[HOLD_WARNING] = self._hold_warning
+        block[LIMIT] = self.limit or 0
         block[SINCE] = int(time.time() * 1e6)
         block[PID] = os.getpid()
         return ProcessCounters(block, self._slots)
@@ -249,6 +265,13 @@ class Family:
         # The permits of an unlisted process could not be counted, so it gets none.
         return Budget(head, self._lock, self, own, self.limit if own.is_listed else 0)
 
+    def other_limit(self) -> tuple[int | None, int] | None:
+        """Return the limit and the pid of a process that runs with another limit; None if there is none."""
+        for block in self.blocks():
+            if block[LIMIT] != (self.limit or 0) and block[PID] and self.is_alive(block):
+                return block[LIMIT] or None, block[PID]
+        return None
+
     def blocks(self) -> list[memoryview]:
         """Return the blocks that have been used."""
         return [self._block(number) for number in range(self._cells[_BLOCKS_USED])]
@@ -283,10 +306,18 @@ class Family:
             unlisted=self._cells[_UNLISTED],
             server_max_connections=self.server_max_connections,
             limit=self.limit,
+            permits=self._permits(processes),
             counters=process_counters.counters(
                 process_counters.add_blocks([departed[3:].tolist(), *sums]), self.error_types.names()
             ),
         )
+
+    def _permits(self, processes: list[PoolStats]) -> int:
+        if self.limit is None:
+            return 0
+        # The processes were read one after the other, so one permit may be in it twice: given back by a
+        # process after it was read, and taken by the next. The other sum has those of the killed for a while.
+        return min(sum(each.permits for each in processes), self._cells[_BUDGET + budget.PERMITS_USED])
 
     def read_own(self, own: ProcessCounters, name: str) -> PoolStats:
         """Return a snapshot of this process."""
@@ -335,7 +366,7 @@ class Family:
             self._cells[_SERVER_MAX] = _ANSWER + (ask() or 0)
 
     def exceeds_server(self, name: str) -> FamilyStats | None:
-        """Return a snapshot if the family's processes may have more connections than the server takes.
+        """Return a snapshot if the family's processes may have more connections than the server allows.
 
         Otherwise, and after the first time in the family's life, return None.
         """
@@ -346,11 +377,26 @@ class Family:
         if joined == self._looked_at:
             return None  # no process has joined since then, so the maximum is no higher
         self._looked_at = joined
+        if self._cells[_MAXIMA] > limit:
+            self._lock.run(_JOIN_WAIT, self._reckon_maxima)
+        if self._cells[_MAXIMA] <= limit:
+            return None
         stats = self.read(name)
         if stats.maximum is None or stats.maximum <= limit:
             return None
         self._cells[_WARNED] = 1
         return stats
+
+    def _reckon_maxima(self) -> None:
+        """Add up the maxima of the processes that run; under the lock."""
+        maxima = 0
+        for block in self.blocks():
+            if block[PID] and not block[ENDED]:
+                if self.is_alive(block):
+                    maxima += _maximum(block)
+                else:
+                    block[ENDED] = 1
+        self._cells[_MAXIMA] = maxima
 
     # -- addresses
 
@@ -361,6 +407,12 @@ class Family:
     def _departed(self, flips: int) -> memoryview:
         first = _DEPARTED + flips % 2 * _BUFFER_CELLS
         return self._cells[first : first + _BUFFER_CELLS]
+
+
+def _maximum(block: memoryview) -> int:
+    """Return how many connections a process may open; 0 for no limit."""
+    size, overflow = block[SIZE], block[MAX_OVERFLOW]
+    return size + overflow - 1 if size and overflow else 0
 
 
 def _clear(cells: memoryview) -> None:

@@ -16,6 +16,7 @@ import re
 import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,13 +25,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LAYOUT = 1
+LAYOUT = 2
 """Grows with every change of what the cells mean."""
 
 DIRECTORY_VARIABLE = "PIDPOOL_FAMILY_DIR"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _TEXT = re.compile(rb"pidpool family: segment (\d{1,10}) key ([0-9a-f]{16})\n")
 _PRIVATE_KEY, _CREATE, _REMOVE = 0, 0o1000, 0  # <sys/ipc.h>, <sys/shm.h>
+
+_LOCK_WAIT = 10.0
+"""Seconds that a process waits at most for the lock of a family's file. It is held for a few system calls; a
+process that is stopped there (SIGSTOP) must not keep others from starting."""
 
 
 class FamilyRefused(PermissionError):
@@ -77,15 +82,18 @@ def named(
 ) -> memoryview:
     """Return the memory of the family of this name, made afresh if no process has it.
 
-    :param shape: tells families apart whose memory has another form.
+    :param shape: the form of the memory; families of another form are kept apart by it.
     :param key_of: reads the key that `prepare` has written.
     :param prepare: called once for new memory, which is zeroed, with the key to write.
     :raises FamilyRefused: if the family's file is another user's, open to others, or no file of pidpool's.
     :raises NoSharedMemory: if the system gives none.
     """
     library = _library()
-    with _locked_file(f"{name}.{_namespace('pid')}.{_namespace('ipc')}.{LAYOUT}-{shape}") as (file, path):
-        text = os.pread(file, 100, 0)
+    with _locked_file(f"{name}.{_place()}.{LAYOUT}-{shape}") as (file, path):
+        try:
+            text = os.pread(file, 100, 0)
+        except OSError as error:
+            raise NoSharedMemory(f"{path} can't be read: {error.strerror}") from None
         found = _TEXT.fullmatch(text)
         if text and not found:
             raise FamilyRefused(
@@ -100,6 +108,8 @@ def named(
             # A number of a segment may have been given to another one since.
             if memory is not None and key_of(memory) == key:
                 return _attached.setdefault((segment, key), memory)
+            if memory is not None:
+                _detach(library, memory)
         segment, memory = _make(library, size)
         key = secrets.randbits(64) or 1
         prepare(memory, key)
@@ -130,12 +140,32 @@ def _locked_file(name: str) -> Iterator[tuple[int, str]]:
     finally:
         os.close(directory)
     try:
-        _check(os.fstat(file), stat.S_ISREG, 0o600, f"{path}/{name}")
-        # A few system calls long, and let go by the kernel if its process is killed.
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file, f"{path}/{name}"
+        _check(os.fstat(file), "file", stat.S_ISREG, 0o600, f"{path}/{name}")
+        _lock(file, f"{path}/{name}")
+        try:
+            yield file, f"{path}/{name}"
+        finally:
+            # Not left to the closing: a child that another thread has forked meanwhile has the file too.
+            fcntl.flock(file, fcntl.LOCK_UN)
     finally:
         os.close(file)
+
+
+def _lock(file: int, path: str) -> None:
+    """Lock the file; the kernel lets go of the lock if its process is killed."""
+    deadline = time.monotonic() + _LOCK_WAIT
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise NoSharedMemory(
+                    f"{path} has been locked by another process for {_LOCK_WAIT:g} s"
+                ) from None
+            time.sleep(0.002)
+        except OSError as error:
+            raise NoSharedMemory(f"{path} can't be locked: {error.strerror}") from None
 
 
 def _open_directory() -> tuple[int, str]:
@@ -151,30 +181,48 @@ def _open_directory() -> tuple[int, str]:
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise NoSharedMemory(f"{path} can't be opened: {error.strerror}") from None
         raise FamilyRefused(f"{path} is no directory of this user's: {error.strerror}; remove it") from None
     try:
-        _check(os.fstat(directory), stat.S_ISDIR, 0o700, path)
+        _check(os.fstat(directory), "directory", stat.S_ISDIR, 0o700, path)
     except BaseException:
         os.close(directory)
         raise
     return directory, path
 
 
-def _check(found: os.stat_result, is_kind: Callable[[int], bool], most: int, path: str) -> None:
+def _check(found: os.stat_result, kind: str, is_kind: Callable[[int], bool], most: int, path: str) -> None:
     mode = stat.S_IMODE(found.st_mode)
-    if not is_kind(found.st_mode) or found.st_uid != os.geteuid() or mode & ~most:
+    if not is_kind(found.st_mode):
+        raise FamilyRefused(f"{path} is no plain {kind}: remove it")
+    if found.st_uid != os.geteuid() or mode & ~most:
         raise FamilyRefused(
             f"{path} belongs to uid {found.st_uid} with mode {mode:04o}, not to uid {os.geteuid()} with mode "
             f"{most:04o}: remove it, or name another directory in {DIRECTORY_VARIABLE}"
         )
 
 
+def _place() -> str:
+    """Name where the pids, segments and clocks of this process mean the same to another one: its namespaces,
+    and the machine since its start, for a directory that several machines share.
+    """
+    return ".".join([*(str(_namespace(kind)) for kind in ("pid", "ipc", "time")), _boot()])
+
+
 def _namespace(kind: str) -> int:
-    """Return the number of this process's namespace: pids and segments mean nothing in another one."""
     try:
         return os.stat(f"/proc/self/ns/{kind}").st_ino
     except OSError:
         return 0
+
+
+def _boot() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read(8)
+    except OSError:
+        return "0"
 
 
 # -- the segment
@@ -186,6 +234,7 @@ def _library() -> ctypes.CDLL:
         library.shmget.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
         library.shmat.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
         library.shmat.restype = ctypes.c_void_p
+        library.shmdt.argtypes = [ctypes.c_void_p]
         library.shmctl.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     except (AttributeError, OSError, TypeError):
         raise NoSharedMemory("this system has no shared memory of System V") from None
@@ -200,6 +249,10 @@ def _attach(library: ctypes.CDLL, segment: int, size: int) -> memoryview | None:
     if address is None or address == ctypes.c_void_p(-1).value:
         return None  # it has gone with the last process that had it
     return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+
+def _detach(library: ctypes.CDLL, memory: memoryview) -> None:
+    library.shmdt(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
 
 
 def _make(library: ctypes.CDLL, size: int) -> tuple[int, memoryview]:

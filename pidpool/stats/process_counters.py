@@ -58,21 +58,23 @@ WANTING = 11
 """Threads that want a permit and have found none."""
 HOLD_WARNING = 12
 """The pool's `hold_warning` in this process in microseconds, plus one; 0 for none."""
-WAITING = 13
+LIMIT = 13
+"""The pool's `family_limit` in this process; 0 for none."""
+WAITING = 14
 """Threads that wait for a connection: the last cell of the head that can go down."""
 
 
 class Count(IntEnum):
     """The plain counts of a process, each with its cell."""
 
-    TIMEOUTS = 14
-    INVALIDATIONS = 15
-    SEVERED = 16
-    KEPT = 17
-    REPLACED = 18
-    REFUSED = 19
-    FORKS = 20
-    OVERDUE = 21
+    TIMEOUTS = 15
+    INVALIDATIONS = 16
+    SEVERED = 17
+    KEPT = 18
+    REPLACED = 19
+    REFUSED = 20
+    FORKS = 21
+    OVERDUE = 22
 
 
 _FORKS = int(Count.FORKS)
@@ -260,7 +262,7 @@ class ProcessCounters:
         self._add(_CREATE_SUM, create_time)
 
     def _add(self, cell: int, number: int = 1) -> None:
-        # A signal handler may fork when os.getpid() returns. After that there is no call. A child that has not
+        # A signal handler may fork when os.getpid() returns, and after no line below. A child that has not
         # noticed its fork does not count here, nor one that has counters of its own.
         if self._is_of_this_process() and (self._pid == _noticed_pid[0]) == (_fork_state[0] != 0):
             self.cells[cell] += number

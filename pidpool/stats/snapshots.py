@@ -66,7 +66,7 @@ class Counters:
     """Connects that failed, by the class of the error: the first eight classes of a family, ``_OTHER`` for
     all further ones."""
     closed: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """By reason: recycled, invalidated, overflow, disposed, detached, failed, given back, idle."""
+    """By reason: recycled, invalidated, overflow, disposed, detached, failed, given back, idle, collected."""
     checkouts: int = 0
     checkins: int = 0
     timeouts: int = 0
@@ -189,6 +189,8 @@ class FamilyStats:
     """The sums over all processes, the departed ones included."""
     limit: int | None = None
     """`family_limit` in the process that took the snapshot; None for no limit."""
+    permits: int = 0
+    """Connections that running processes have open or are opening, if the family has a limit."""
 
     @property
     def alive(self) -> int:
@@ -220,11 +222,6 @@ class FamilyStats:
         return sum(process.waiting for process in self.processes if process.alive)
 
     @property
-    def permits(self) -> int:
-        """Connections that running processes have open or are opening, if the family has a limit."""
-        return sum(process.permits for process in self.processes if process.alive)
-
-    @property
     def wanting(self) -> int:
         """Threads that wait until the family has fewer connections than its limit."""
         return sum(process.wanting for process in self.processes if process.alive)
@@ -242,7 +239,7 @@ class FamilyStats:
         return {**own, **derived, "processes": [process.to_dict() for process in self.processes]}
 
 
-_DERIVED = ("alive", "maximum", "idle", "used", "waiting", "overdue", "permits", "wanting")
+_DERIVED = ("alive", "maximum", "idle", "used", "waiting", "overdue", "wanting")
 
 
 def _plain(value: Any) -> Any:

@@ -470,7 +470,7 @@ def report(comparison: Comparison, databases: str) -> str:
     ]
     for name, run in (("QueuePool", comparison.queue_pool), ("PidPool", comparison.pidpool)):
         counts = run.counts()
-        # A run that hung has not told how many.
+        # A run that hung has not reported how many.
         made = run.pools_made.get(run.pool, "?")
         lines.append(
             f"  {name:10}"

@@ -41,10 +41,11 @@ IN_ONE_FILE = {
     "parent_listeners": "event/attr.py",
     "only_once": "util/langhelpers.py",
 }
+ASYNCIO = ("await_only", "greenlet_spawn", "_execute_mutex")
 if not contract.FINALIZER_TAKES_REFERENCE:
     FAIRY = (*FAIRY, "_finalizer", "needs_gc", "is_gc_cleanup")
 
-NAMES = [*RECORD, *FAIRY, *POOL, *QUEUE_POOL, *EVENTS, *IN_ONE_FILE]
+NAMES = [*RECORD, *FAIRY, *POOL, *QUEUE_POOL, *EVENTS, *ASYNCIO, *IN_ONE_FILE]
 
 PROGRAM = """
 import pidpool, sqlalchemy
@@ -63,7 +64,8 @@ class Patched:
         assert spec is not None and spec.submodule_search_locations
         self._original = Path(spec.submodule_search_locations[0])
         self._copy = folder / "sqlalchemy"
-        ignored = shutil.ignore_patterns("__pycache__", "testing", "mssql", "oracle", "mysql")
+        ignored = shutil.ignore_patterns("testing", "mssql", "oracle", "mysql")
+        # With the compiled files, which stay valid: the times of the files are copied as well.
         shutil.copytree(self._original, self._copy, ignore=ignored)
         (self._copy / "dialects" / "mysql").mkdir(exist_ok=True)
         self._path = os.pathsep.join([str(folder), str(Path(contract.__file__).parents[2])])
@@ -75,7 +77,7 @@ class Patched:
             text = path.read_text()
             renamed = word.sub(f"{name}_renamed", text)
             if renamed != text:
-                changed.append((path, text))
+                changed.append(path)
                 path.write_text(renamed)
         assert changed, f"SQLAlchemy has no {name}"
         try:
@@ -87,8 +89,8 @@ class Patched:
                 timeout=60,
             )
         finally:
-            for path, text in changed:
-                path.write_text(text)
+            for path in changed:
+                shutil.copy2(self._original / path.relative_to(self._copy), path)
 
 
 @pytest.fixture(scope="module")

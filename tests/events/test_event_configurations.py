@@ -1,4 +1,4 @@
-"""The three configurations that README.md shows: the same events, wherever the application logs, and
+"""The three configurations that docs/watching.md shows: the same events, wherever the application logs, and
 nothing on stdout."""
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def test_the_events_are_in_the_applications_own_log(
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
     events = read(log)
     pids = list(dict.fromkeys(event["pid"] for event in events))
-    for pid, told, request_id in zip(pids, (IN_PARENT, IN_CHILD), ("r-1", "r-2"), strict=True):
+    for pid, expected, request_id in zip(pids, (IN_PARENT, IN_CHILD), ("r-1", "r-2"), strict=True):
         own = [event for event in events if event["pid"] == pid]
-        assert [(event["level"], event["event"]) for event in own] == told
+        assert [(event["level"], event["event"]) for event in own] == expected
         assert {event["request_id"] for event in own} == {request_id}
         assert {event["pool"] for event in own} == {"main"}
     (leak,) = [event for event in events if event["event"] == "connection.inherited"]

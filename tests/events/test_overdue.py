@@ -47,20 +47,20 @@ def test_an_overdue_checkout_is_logged_once_with_its_place_and_context(
     with structlog.contextvars.bound_contextvars(request_id="r-1"):
         connection = engine.connect()
         line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
-    (told,) = _wait_for(events, "checkout.overdue")
+    (logged,) = _wait_for(events, "checkout.overdue")
     tag = tag_of(connection)
     assert tag is not None
-    assert told["connection_id"] == tag.connection_id and told["server_pid"] == tag.server_pid
-    assert told["hold_warning"] == SHORT <= told["held"] < 10
-    assert told["where"] == f"{__file__}:{line} in {inspect.currentframe().f_code.co_name}"  # type: ignore[union-attr]
-    assert told["request_id"] == "r-1"
+    assert logged["connection_id"] == tag.connection_id and logged["server_pid"] == tag.server_pid
+    assert logged["hold_warning"] == SHORT <= logged["held"] < 10
+    assert logged["where"] == f"{__file__}:{line} in {inspect.currentframe().f_code.co_name}"  # type: ignore[union-attr]
+    assert logged["request_id"] == "r-1"
     with engine.connect():  # the watching thread looks again for this one
         _wait_for(events, "checkout.overdue", 2)
     connection.close()
     assert len(events.of("checkout.overdue")) == 2
     first, second = events.of("checkout.returned_late")
-    assert second["connection_id"] == tag.connection_id and second["use_time"] >= told["held"]
-    assert second["where"] == told["where"] and second["hold_warning"] == SHORT
+    assert second["connection_id"] == tag.connection_id and second["use_time"] >= logged["held"]
+    assert second["where"] == logged["where"] and second["hold_warning"] == SHORT
     assert first["connection_id"] != tag.connection_id
     assert "request_id" not in second  # logged in the context in which the connection comes back
 
@@ -102,15 +102,15 @@ def test_of_two_threads_that_would_log_it_one_does(
         checkout.since -= 61
         barrier = threading.Barrier(2)
 
-        def tell(checkout: Any = checkout, barrier: threading.Barrier = barrier) -> None:
+        def log_it(checkout: Any = checkout, barrier: threading.Barrier = barrier) -> None:
             barrier.wait(10)
             checkout.log_overdue(time.perf_counter())
 
-        telling = threading.Thread(target=tell)
-        telling.start()
+        logging_thread = threading.Thread(target=log_it)
+        logging_thread.start()
         barrier.wait(10)
         connection.close()
-        telling.join(10)
+        logging_thread.join(10)
     assert len(events.of("checkout.overdue")) == len(events.of("checkout.returned_late")) == 50
 
 
@@ -153,8 +153,8 @@ def test_a_shorter_hold_warning_wakes_the_thread(
     patient = make_engine(tls_url, logger=events.logger, hold_warning=60)
     strict = make_engine(tls_url, logger=events.logger, hold_warning=SHORT, pool_logging_name="strict")
     with patient.connect(), strict.connect():
-        (told,) = _wait_for(events, "checkout.overdue")
-    assert told["pool"] == "strict"
+        (logged,) = _wait_for(events, "checkout.overdue")
+    assert logged["pool"] == "strict"
 
 
 def test_the_thread_is_woken_once_and_not_by_every_checkout(
@@ -214,10 +214,10 @@ def test_it_works_in_a_child_and_the_parents_go_on(
         engine.dispose()
         return [event for event in events.all if event["event"].startswith("checkout.")]
 
-    told = run_in_child(child, how=how)
-    assert [event["event"] for event in told] == ["checkout.overdue", "checkout.returned_late"] * 2
-    assert {event["owner_pid"] for event in told} == {told[0]["pid"]}
-    assert all(event["where"].startswith(f"{__file__}:") for event in told)
+    logged = run_in_child(child, how=how)
+    assert [event["event"] for event in logged] == ["checkout.overdue", "checkout.returned_late"] * 2
+    assert {event["owner_pid"] for event in logged} == {logged[0]["pid"]}
+    assert all(event["where"].startswith(f"{__file__}:") for event in logged)
     with engine.connect():
         _wait_for(events, "checkout.overdue")
     carried.close()
@@ -231,9 +231,9 @@ def test_a_grandchild_has_a_thread_of_its_own(tls_url: str, make_engine: MakeEng
     def overdue_once() -> int:
         events.clear()
         with engine.connect():
-            (told,) = _wait_for(events, "checkout.overdue")
+            (logged,) = _wait_for(events, "checkout.overdue")
         engine.dispose()
-        pid: int = told["pid"]
+        pid: int = logged["pid"]
         return pid
 
     def child() -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from engines import MakeEngine
 from events import Events
-from forking import run_in_child
+from forking import HOWS, run_in_child
 from sqlalchemy import Engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -167,7 +167,7 @@ def test_the_line_that_forked_is_in_the_parents_events_and_the_childs(
         return third()
 
     with engine.connect():
-        line, told = second()
+        line, logged = second()
         engine.connect().close()
     lines = events.the("pool.forked")["forked_at"].split(" < ")
     assert lines[0] == line
@@ -178,7 +178,7 @@ def test_the_line_that_forked_is_in_the_parents_events_and_the_childs(
         here().rpartition(" in ")[2],
     ]
     for name in ("pool.adopted", "connection.inherited"):
-        (event_,) = [each for each in told if each["event"] == name]
+        (event_,) = [each for each in logged if each["event"] == name]
         assert event_["forked_at"].split(" < ") == lines
 
 
@@ -214,7 +214,9 @@ def test_an_installed_package_that_forks_by_itself_is_named() -> None:
     """As gunicorn's master does: none of the user's lines is running."""
     found: list[Any] = []
     names = {"__name__": "gunicorn.arbiter", "found": found, "forking_lines": user_code.forking_lines}
-    code = compile("found.append(forking_lines())", "/venv/lib/site-packages/gunicorn/arbiter.py", "exec")
+    code = compile(
+        "found.append(forking_lines().text())", "/venv/lib/site-packages/gunicorn/arbiter.py", "exec"
+    )
     _thread.start_new_thread(exec, (code, names))
     until(lambda: found, "the thread has not run")
     assert found == ["/venv/lib/site-packages/gunicorn/arbiter.py:1 in <module>"]
@@ -248,6 +250,6 @@ def test_a_fork_that_is_noticed_later_has_no_line(tls_url: str, make_engine: Mak
 
     with engine.connect():
         assert run_in_child(child, how="c") == [None, None]
-        with_hook = run_in_child(child, how="c with child hooks")
-    assert len(with_hook) == 2 and all(each.rpartition(" in ")[2] for each in with_hook)
-    assert [each.split(" < ")[0].rpartition(" in ")[2] for each in with_hook] == ["fork", "fork"]
+        if "c with child hooks" in HOWS:
+            with_hook = run_in_child(child, how="c with child hooks")
+            assert [each.split(" < ")[0].rpartition(" in ")[2] for each in with_hook] == ["fork", "fork"]

@@ -19,7 +19,7 @@ from wsgiref.validate import validator
 import httpx
 import pytest
 from engines import MakeEngine
-from families import family, process, small_family, telling
+from families import family, pool_reporting, process, small_family
 from forking import How, run_in_child
 from parent import server_pid
 from sqlalchemy import create_engine, text
@@ -38,7 +38,7 @@ FIGURES = ["/stats.json", "/metrics"]
 
 @pytest.fixture
 def app() -> StatsApp:
-    return StatsApp(telling(small_family()))
+    return StatsApp(pool_reporting(small_family()))
 
 
 class Got:
@@ -78,10 +78,10 @@ def ask(application: Any, path: str, method: str = "GET", **environ: str) -> Got
 
 
 def test_stats_json_is_the_family_s_own_dict() -> None:
-    told = small_family()
-    stats = json.loads(ask(StatsApp(telling(told)), "/stats.json").text)
+    reported = small_family()
+    stats = json.loads(ask(StatsApp(pool_reporting(reported)), "/stats.json").text)
     assert stats["answered_by"] == os.getpid()
-    assert stats["pools"] == [json.loads(json.dumps(told.to_dict()))]
+    assert stats["pools"] == [json.loads(json.dumps(reported.to_dict()))]
     assert stats["open_states"] == ["in transaction", "unknown"]
     assert len(stats["bounds"]) + 1 == len(stats["pools"][0]["counters"]["wait_time"]["counts"])
 
@@ -109,7 +109,7 @@ def test_the_page_links_to_nothing_by_an_absolute_address(app: StatsApp) -> None
 
 
 def test_healthz_answers_whoever_asks() -> None:
-    app = StatsApp(telling(family(process(1, None))), token="secret")
+    app = StatsApp(pool_reporting(family(process(1, None))), token="secret")
     assert ask(app, "/healthz", HTTP_HOST="10.0.0.7:80").text == "ok\n"
 
 
@@ -149,7 +149,7 @@ def test_a_failure_is_told_without_a_traceback(caplog: pytest.LogCaptureFixture)
     def fail() -> None:
         raise RuntimeError("inner workings")
 
-    app = StatsApp(telling(fail))
+    app = StatsApp(pool_reporting(fail))
     for path in FIGURES:
         got = ask(app, path)
         assert got.status == 500 and "RuntimeError" in got.text and str(os.getpid()) in got.text
@@ -170,7 +170,7 @@ def test_a_missing_prometheus_client_names_the_extra(monkeypatch: pytest.MonkeyP
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
-    app = StatsApp(telling(small_family()))
+    app = StatsApp(pool_reporting(small_family()))
     got = ask(app, "/metrics")
     assert got.status == 501 and "pip install 'pidpool[endpoint]'" in got.text
     assert ask(app, "/stats.json").status == 200
@@ -219,7 +219,7 @@ def test_parent_and_child_tell_the_same_of_both(
     engine = make_engine(tls_url)
     app = StatsApp(engine)
 
-    def told() -> Any:
+    def reported() -> Any:
         (family,) = json.loads(ask(app, "/stats.json").text)["pools"]
         return [
             (each["pid"], each["parent_pid"], each["counters"]["checkouts"]) for each in family["processes"]
@@ -229,28 +229,32 @@ def test_parent_and_child_tell_the_same_of_both(
         with engine.connect() as connection:
             server_pid(connection)
         engine.dispose()
-        return os.getpid(), told(), ask(app, "/metrics").status
+        return os.getpid(), reported(), ask(app, "/metrics").status
 
     with engine.connect() as mine:
         own, transaction = server_pid(mine), mine.execute(text("select txid_current()")).scalar_one()
-        child, child_told, status = run_in_child(in_child, how=how)
-        assert child_told == told() == [(os.getpid(), None, 1), (child, os.getpid(), 1)]
+        child, child_reported, status = run_in_child(in_child, how=how)
+        assert child_reported == reported() == [(os.getpid(), None, 1), (child, os.getpid(), 1)]
         assert status == 200
         assert server_pid(mine) == own
         assert mine.execute(text("select txid_current()")).scalar_one() == transaction
 
 
-# -- who is told of
+# -- which pools are reported
 
 
 def test_several_pools_are_told_apart_by_name() -> None:
-    one, other, same = telling(small_family()), telling(small_family()), telling(small_family(pool="books"))
+    one, other, same = (
+        pool_reporting(small_family()),
+        pool_reporting(small_family()),
+        pool_reporting(small_family(pool="books")),
+    )
     stats = json.loads(ask(StatsApp(one, other, same, one), "/stats.json").text)
     assert [pool["pool"] for pool in stats["pools"]] == ["shop", "shop#2", "books"]
 
 
 def test_a_pool_may_be_given_in_the_place_of_its_engine() -> None:
-    engine = telling(small_family())
+    engine = pool_reporting(small_family())
     pool = engine.pool
     assert isinstance(pool, PidPool)
     assert ask(StatsApp(pool), "/stats.json").status == 200
@@ -259,19 +263,19 @@ def test_a_pool_may_be_given_in_the_place_of_its_engine() -> None:
 def test_an_async_engine_is_told_of() -> None:
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    class Told(AsyncPidPool):
+    class Reported(AsyncPidPool):
         def family_stats(self) -> Any:
             return small_family()
 
-    engine = create_async_engine("postgresql+asyncpg://nobody@127.0.0.1:1/x", poolclass=Told)
+    engine = create_async_engine("postgresql+asyncpg://nobody@127.0.0.1:1/x", poolclass=Reported)
     assert json.loads(ask(StatsApp(engine), "/stats.json").text)["pools"][0]["pool"] == "shop"
 
 
 def test_the_pool_is_looked_up_again_after_dispose() -> None:
-    engine = telling(small_family())
+    engine = pool_reporting(small_family())
     app = StatsApp(engine)
     engine.dispose()
-    engine.pool.told = small_family(pool="new")  # type: ignore[attr-defined]
+    engine.pool.reported = small_family(pool="new")  # type: ignore[attr-defined]
     assert json.loads(ask(app, "/stats.json").text)["pools"][0]["pool"] == "new"
 
 
@@ -302,7 +306,7 @@ def test_loopback_names_are_answered(app: StatsApp, host: str) -> None:
 
 
 def test_further_hosts_may_be_allowed() -> None:
-    engine = telling(small_family())
+    engine = pool_reporting(small_family())
     app = StatsApp(engine, allowed_hosts=["Stats.example", "10.0.0.7"])
     assert ask(app, "/stats.json", HTTP_HOST="stats.example:8443").status == 200
     assert ask(app, "/stats.json", HTTP_HOST="10.0.0.7:80").status == 200
@@ -314,7 +318,7 @@ def test_further_hosts_may_be_allowed() -> None:
 
 @pytest.mark.parametrize("path", FIGURES)
 def test_a_token_is_asked_for(path: str) -> None:
-    app = StatsApp(telling(small_family()), token="s3cret-~+/==")
+    app = StatsApp(pool_reporting(small_family()), token="s3cret-~+/==")
     for given in (
         "",
         "Bearer",
@@ -333,7 +337,7 @@ def test_a_token_is_asked_for(path: str) -> None:
 
 
 def test_the_page_holds_no_figures_and_asks_for_no_token() -> None:
-    app = StatsApp(telling(small_family()), token="secret")
+    app = StatsApp(pool_reporting(small_family()), token="secret")
     for path in ("/", "/page.css", "/page.js"):
         got = ask(app, path)
         assert got.status == 200 and "shop" not in got.text
@@ -342,7 +346,7 @@ def test_the_page_holds_no_figures_and_asks_for_no_token() -> None:
 @pytest.mark.parametrize("token", ["", "with space", "line\nbreak", "ünfit", 7])
 def test_an_unfit_token_is_refused_without_being_shown(token: Any) -> None:
     with pytest.raises(ValueError, match="token_urlsafe") as caught:
-        StatsApp(telling(small_family()), token=token)
+        StatsApp(pool_reporting(small_family()), token=token)
     assert not str(token) or str(token) not in str(caught.value)
 
 
@@ -444,11 +448,12 @@ django.conf.settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["localhost"
 urlpatterns = [django.urls.path("own", lambda request: django.http.HttpResponse("the application's own"))]
 
 sys.path[:0] = sys.argv[1].split(os.pathsep)
-from families import small_family, telling
+from families import small_family, pool_reporting
 from pidpool import StatsApp
 from test_endpoint import is_mounted, wsgi_client
 
-with wsgi_client(StatsApp(telling(small_family())).mount(get_wsgi_application(), "/pidpool")) as client:
+stats = StatsApp(pool_reporting(small_family()))
+with wsgi_client(stats.mount(get_wsgi_application(), "/pidpool")) as client:
     is_mounted(client, "/pidpool")
 print("mounted")
 """
@@ -513,10 +518,10 @@ UVICORN = """
 import os, sys
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 import fastapi, uvicorn
-from families import small_family, telling
+from families import small_family, pool_reporting
 from pidpool import StatsApp
 
-stats = StatsApp(telling(small_family()))
+stats = StatsApp(pool_reporting(small_family()))
 own = fastapi.FastAPI()
 own.mount("/pidpool", stats.asgi)
 uvicorn.run(own if sys.argv[2] == "mounted" else stats.asgi, port=0, root_path="/behind/a/proxy")

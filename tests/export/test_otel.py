@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import pytest
-from families import connection, family, histogram, process, small_family, telling
+from families import connection, family, histogram, pool_reporting, process, small_family
 from forking import run_in_child
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -73,7 +73,7 @@ CONVENTIONS = {
 
 
 def test_the_instruments_are_those_of_the_semantic_conventions(sdk: Collector) -> None:
-    engine = telling(small_family())
+    engine = pool_reporting(small_family())
     otel.instrument(engine, sdk.provider)
     metrics = sdk.metrics()
     assert {name for name in metrics if name.startswith("db.")} == set(CONVENTIONS)
@@ -86,7 +86,7 @@ def test_the_instruments_are_those_of_the_semantic_conventions(sdk: Collector) -
 
 
 def test_the_figures_are_this_process_s(sdk: Collector) -> None:
-    engine = telling(small_family())
+    engine = pool_reporting(small_family())
     otel.instrument(engine, sdk.provider)
     assert sdk.values("db.client.connection.count") == {
         of_this_process(**{"db.client.connection.state": "idle"}): 1,
@@ -108,11 +108,11 @@ def test_the_figures_are_this_process_s(sdk: Collector) -> None:
 
 
 def test_what_has_no_number_is_not_told(sdk: Collector) -> None:
-    engine = telling(family(process(1, None, size=0), server_max_connections=None))
+    engine = pool_reporting(family(process(1, None, size=0), server_max_connections=None))
     otel.instrument(engine, sdk.provider)
-    told = set(sdk.metrics())
-    assert "db.client.connection.count" in told
-    assert told.isdisjoint(
+    reported = set(sdk.metrics())
+    assert "db.client.connection.count" in reported
+    assert reported.isdisjoint(
         ["db.client.connection.max", "db.client.connection.idle.max", "pidpool.server_max_connections"]
     )
 
@@ -121,8 +121,8 @@ def test_several_engines_share_one_set_of_instruments(
     sdk: Collector, caplog: pytest.LogCaptureFixture
 ) -> None:
     shop, books = (
-        telling(small_family()),
-        telling(family(process(1, None, Counters(checkouts=4), pool="books"), pool="books")),
+        pool_reporting(small_family()),
+        pool_reporting(family(process(1, None, Counters(checkouts=4), pool="books"), pool="books")),
     )
     for engine in (shop, books, shop):
         otel.instrument(engine, sdk.provider)
@@ -137,28 +137,28 @@ def test_several_engines_share_one_set_of_instruments(
 def test_nothing_is_read_before_a_collection_and_counters_are_read_at_each(sdk: Collector) -> None:
     reads = []
 
-    def told() -> Any:
+    def reported() -> Any:
         reads.append(None)
         return family(
             process(1, None, Counters(checkouts=len(reads), use_time=histogram(*[0.5] * len(reads))))
         )
 
-    engine = telling(told)
+    engine = pool_reporting(reported)
     otel.instrument(engine, sdk.provider)
     assert reads == []
     assert sdk.value("pidpool.checkouts") < sdk.value("pidpool.checkouts")
 
 
 def test_the_pool_is_looked_up_again_after_dispose(sdk: Collector) -> None:
-    engine = telling(small_family())
+    engine = pool_reporting(small_family())
     otel.instrument(engine, sdk.provider)
     engine.dispose()
-    engine.pool.told = family(process(1, None, connections=[connection(1, 1)]))  # type: ignore[attr-defined]
+    engine.pool.reported = family(process(1, None, connections=[connection(1, 1)]))  # type: ignore[attr-defined]
     assert sum(sdk.values("db.client.connection.count").values()) == 1
 
 
 def test_an_engine_is_not_kept_alive(sdk: Collector) -> None:
-    otel.instrument(telling(small_family()), sdk.provider)
+    otel.instrument(pool_reporting(small_family()), sdk.provider)
     gc.collect()
     assert sdk.metrics() == {}
 
@@ -167,14 +167,14 @@ def test_without_a_provider_the_process_s_own_is_used(
     monkeypatch: pytest.MonkeyPatch, sdk: Collector
 ) -> None:
     monkeypatch.setattr(opentelemetry, "get_meter_provider", lambda: sdk.provider)
-    engine = telling(small_family())
+    engine = pool_reporting(small_family())
     otel.instrument(engine)
     assert sdk.value("pidpool.checkouts") == 7
 
 
 def test_a_forked_child_collects_for_itself(sdk: Collector) -> None:
     parent = os.getpid()
-    engine = telling(
+    engine = pool_reporting(
         lambda: family(process(os.getpid(), None, Counters(checkouts=5 if os.getpid() == parent else 1)))
     )
     otel.instrument(engine, sdk.provider)

@@ -1,19 +1,18 @@
-"""The page for people, in a real browser: live, readable by everybody, and asking nobody else."""
+"""The page for people, in a real browser: live, readable by all, with requests to its own server alone."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, chromium
+from browser import LOOKS, Browser, chromium, violations
 from engines import MakeEngine
-from families import connection, family, process, small_family, telling
+from families import connection, family, pool_reporting, process, small_family
 from parent import server_pid
 
 from pidpool import serve_stats, tag_of
@@ -21,13 +20,6 @@ from pidpool.export.endpoint import StatsServer
 from pidpool.stats.snapshots import Counters
 
 pytestmark = pytest.mark.system
-
-LOOKS = {
-    "light": {"prefers_color_scheme": "light"},
-    "dark": {"prefers_color_scheme": "dark"},
-    "narrow": {"width": 360, "height": 740, "prefers_color_scheme": "light"},
-    "narrow dark": {"width": 360, "height": 740, "prefers_color_scheme": "dark"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def browser(shared_browser: Browser) -> Iterator[Browser]:
     assert shared_browser.complaints() == []
 
 
-class Told:
+class Reported:
     """A family that changes while it is looked at, and counts how often that is."""
 
     def __init__(self) -> None:
@@ -60,13 +52,13 @@ class Told:
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def reported() -> Reported:
+    return Reported()
 
 
 @pytest.fixture
-def served(told: Told) -> Iterator[StatsServer]:
-    with serve_stats(telling(told), port=0) as stats:
+def served(reported: Reported) -> Iterator[StatsServer]:
+    with serve_stats(pool_reporting(reported), port=0) as stats:
         yield stats
 
 
@@ -112,18 +104,20 @@ def test_the_family_is_a_tree_of_processes_and_their_connections(
     assert "3 connections open, 30 at most; the server allows 100" in browser.text(".capacity")
 
 
-def test_the_limit_is_shown_as_the_servers_is(browser: Browser, told: Told, served: StatsServer) -> None:
+def test_the_limit_is_shown_as_the_servers_is(
+    browser: Browser, reported: Reported, served: StatsServer
+) -> None:
     taken = process(1, None, Counters(closed={"given back": 7}), permits=12, wanting=3)
-    told.family = lambda: family(taken, limit=12)
+    reported.family = lambda: family(taken, limit=12)
     show(browser, served)
     said = "12 at most (family_limit 12: 12 taken, 3 wanted, 7 given back); the server allows 100"
     assert said in browser.text(".capacity")
     assert "7 given back" in browser.text(".process .past")
 
 
-def test_leaks_are_marked(browser: Browser, told: Told, served: StatsServer) -> None:
+def test_leaks_are_marked(browser: Browser, reported: Reported, served: StatsServer) -> None:
     foreign = process(60, 57, connections=[connection(57, 1, "used")])
-    told.family = lambda: family(*small_family().processes, foreign)
+    reported.family = lambda: family(*small_family().processes, foreign)
     show(browser, served)
     marked = browser.run("[...document.querySelectorAll('[data-leak=true]')].map(each => each.dataset.pid)")
     assert marked == ["57", "60"]
@@ -135,7 +129,11 @@ def test_leaks_are_marked(browser: Browser, told: Told, served: StatsServer) -> 
 
 def test_several_pools_and_odd_names(browser: Browser) -> None:
     name = '<img src=x onerror="alert(1)"> & "quotes"'
-    engines = [telling(small_family()), telling(small_family(pool=name)), telling(small_family(pool=""))]
+    engines = [
+        pool_reporting(small_family()),
+        pool_reporting(small_family(pool=name)),
+        pool_reporting(small_family(pool="")),
+    ]
     with serve_stats(*engines, port=0) as stats:
         show(browser, stats)
         headings = "[...document.querySelectorAll('.pool h2')].map(each => each.textContent)"
@@ -158,19 +156,19 @@ def test_the_tree_grows_without_a_reload(
             browser.run("window.loaded = 'once'")
             assert f"server {own}" in browser.text(f'[data-pid="{os.getpid()}"] .chip[data-state="used"]')
 
-            told, tell = os.pipe()
+            reported, writer = os.pipe()
             ask, asked = os.pipe()
             child = os.fork()
             if child == 0:
                 try:
                     with engine.connect() as connection:
-                        os.write(tell, str(server_pid(connection)).encode())
+                        os.write(writer, str(server_pid(connection)).encode())
                         os.read(ask, 1)
                     engine.dispose()
                 finally:
                     os._exit(0)
             try:
-                theirs = int(os.read(told, 20))
+                theirs = int(os.read(reported, 20))
                 card = f'[data-pid="{os.getpid()}"] > .children > [data-pid="{child}"] > .card'
                 browser.wait_for(f'{card} .chip[data-state="used"]')
                 assert f"server {theirs}" in browser.text(f"{card} .chip")
@@ -187,7 +185,7 @@ def test_the_tree_grows_without_a_reload(
                 if child:
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)
-                for descriptor in (told, tell, ask, asked):
+                for descriptor in (reported, writer, ask, asked):
                     os.close(descriptor)
             assert browser.run("window.loaded") == "once"
         assert server_pid(mine) == own
@@ -195,9 +193,11 @@ def test_the_tree_grows_without_a_reload(
         assert tag is not None and tag.server_pid == own
 
 
-def test_charts_are_drawn_from_what_was_seen(browser: Browser, told: Told, served: StatsServer) -> None:
-    told.family = lambda: family(
-        process(41, None, Counters(checkouts=100 * told.looks), connections=[connection(41, 1, "used")])
+def test_charts_are_drawn_from_what_was_seen(
+    browser: Browser, reported: Reported, served: StatsServer
+) -> None:
+    reported.family = lambda: family(
+        process(41, None, Counters(checkouts=100 * reported.looks), connections=[connection(41, 1, "used")])
     )
     show(browser, served)
     label = """document.querySelector('[data-chart="rate"] svg').getAttribute("aria-label")"""
@@ -207,8 +207,10 @@ def test_charts_are_drawn_from_what_was_seen(browser: Browser, told: Told, serve
     browser.wait(lambda: browser.run(points) >= 3, "the chart does not grow")
 
 
-def test_an_application_that_is_gone_is_shown_as_stale_and_found_again(browser: Browser, told: Told) -> None:
-    engine = telling(told)
+def test_an_application_that_is_gone_is_shown_as_stale_and_found_again(
+    browser: Browser, reported: Reported
+) -> None:
+    engine = pool_reporting(reported)
     stats = serve_stats(engine, port=0)
     show(browser, stats)
     browser.wait(lambda: browser.text("#status") == "live", "it is not live")
@@ -219,23 +221,25 @@ def test_an_application_that_is_gone_is_shown_as_stale_and_found_again(browser: 
     with serve_stats(engine, port=stats.port):
         browser.wait(lambda: browser.text("#status") == "live", "it is not live again")
         assert browser.run("document.getElementById('problem').hidden")
-    # The console tells of each question that found nobody; of nothing else.
+    # The console logs each request that found no server, and nothing more.
     assert all("ERR_CONNECTION_REFUSED" in complaint for complaint in browser.complaints())
 
 
-def test_an_error_of_the_application_s_is_shown(browser: Browser, told: Told, served: StatsServer) -> None:
+def test_an_error_of_the_application_s_is_shown(
+    browser: Browser, reported: Reported, served: StatsServer
+) -> None:
     show(browser, served)
-    told.family = lambda: 1 / 0
+    reported.family = lambda: 1 / 0
     browser.wait(lambda: "ZeroDivisionError" in browser.text("#problem"), "the error is not shown")
-    looks = told.looks
+    looks = reported.looks
     browser.driver.execute_async_script("setTimeout(arguments[0], 6000)")
-    assert looks < told.looks <= looks + 2  # after 2 and 4 seconds more: it asks ever less often
-    told.family = small_family
+    assert looks < reported.looks <= looks + 2  # after 2 and 4 seconds more: it asks ever less often
+    reported.family = small_family
     browser.wait(lambda: browser.text("#status") == "live", "it is not live again")
     assert all("500" in complaint for complaint in browser.complaints())
 
 
-def test_a_hidden_page_asks_nothing(browser: Browser, told: Told, served: StatsServer) -> None:
+def test_a_hidden_page_asks_nothing(browser: Browser, reported: Reported, served: StatsServer) -> None:
     show(browser, served)
     first = browser.driver.current_window_handle
     browser.driver.switch_to.new_window("tab")
@@ -244,20 +248,20 @@ def test_a_hidden_page_asks_nothing(browser: Browser, told: Told, served: StatsS
         seen = []
         for _ in range(3):
             browser.driver.execute_async_script("setTimeout(arguments[0], 2000)")
-            seen.append(told.looks)
+            seen.append(reported.looks)
         assert seen[0] == seen[1] == seen[2]
     finally:
         browser.driver.close()
         browser.driver.switch_to.window(first)
-    before = told.looks
-    browser.wait(lambda: told.looks > before + 1, "it does not go on when it is looked at again")
+    before = reported.looks
+    browser.wait(lambda: reported.looks > before + 1, "it does not go on when it is looked at again")
 
 
 def test_it_asks_no_other_host_and_sets_nothing_aside(
-    browser: Browser, served: StatsServer, told: Told
+    browser: Browser, served: StatsServer, reported: Reported
 ) -> None:
     show(browser, served)
-    browser.wait(lambda: told.looks >= 3, "it does not ask again")
+    browser.wait(lambda: reported.looks >= 3, "it does not ask again")
     requested = browser.requested()
     assert f"{served.url}stats.json" in requested
     assert all(url.startswith((served.url, "about:")) for url in requested)
@@ -267,8 +271,8 @@ def test_it_asks_no_other_host_and_sets_nothing_aside(
 # -- with a token
 
 
-def test_the_token_is_asked_for_and_never_put_into_an_address(browser: Browser, told: Told) -> None:
-    with serve_stats(telling(told), port=0, token="s3cret") as stats:
+def test_the_token_is_asked_for_and_never_put_into_an_address(browser: Browser, reported: Reported) -> None:
+    with serve_stats(pool_reporting(reported), port=0, token="s3cret") as stats:
         browser.go(stats.url)
         browser.wait(lambda: not browser.run("document.getElementById('token-form').hidden"), "no form")
         assert browser.run("document.querySelectorAll('.process').length") == 0
@@ -288,68 +292,40 @@ def test_the_token_is_asked_for_and_never_put_into_an_address(browser: Browser, 
     assert all("401" in complaint for complaint in browser.complaints())
 
 
-def test_the_token_may_come_in_the_fragment(browser: Browser, told: Told) -> None:
-    with serve_stats(telling(told), port=0, token="s3cret") as stats:
+def test_the_token_may_come_in_the_fragment(browser: Browser, reported: Reported) -> None:
+    with serve_stats(pool_reporting(reported), port=0, token="s3cret") as stats:
         browser.go(f"{stats.url}#token=s3cret")
         browser.wait_for(".process")
         assert browser.driver.current_url == stats.url
         browser.run("sessionStorage.clear()")
 
 
-# -- for everybody
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The source of axe-core, from npm."""
-    directory = tmp_path_factory.mktemp("axe")
-    subprocess.run(
-        [
-            "npm",
-            "install",
-            "--prefix",
-            str(directory),
-            "--no-audit",
-            "--no-fund",
-            "--ignore-scripts",
-            "axe-core@4",
-        ],
-        check=True,
-        capture_output=True,
-        timeout=110,
-    )
-    return (directory / "node_modules/axe-core/axe.min.js").read_text()
-
-
-def violations(browser: Browser, axe: str) -> list[Any]:
-    browser.driver.execute_script(axe)
-    script = "axe.run().then(({ violations, passes }) => arguments[0]([violations, passes.length]))"
-    found, passes = browser.driver.execute_async_script(script)
-    assert passes > 15
-    return [(each["id"], [node["html"] for node in each["nodes"]]) for each in found]
+# -- for all people
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_axe_finds_no_barrier(browser: Browser, told: Told, served: StatsServer, axe: str, look: str) -> None:
+def test_axe_finds_no_barrier(
+    browser: Browser, reported: Reported, served: StatsServer, axe: str, look: str
+) -> None:
     browser.emulate(**LOOKS[look], prefers_reduced_motion="reduce")  # type: ignore[arg-type]
     foreign = process(60, 57, connections=[connection(57, 1, "used")])
-    told.family = lambda: family(*small_family().processes, foreign, unlisted=2)
+    reported.family = lambda: family(*small_family().processes, foreign, unlisted=2)
     show(browser, served)
     assert violations(browser, axe) == []
 
 
 @pytest.mark.parametrize("look", ["light", "dark"])
 def test_axe_finds_no_barrier_where_something_is_wrong(
-    browser: Browser, told: Told, axe: str, look: str
+    browser: Browser, reported: Reported, axe: str, look: str
 ) -> None:
     browser.emulate(**LOOKS[look], prefers_reduced_motion="reduce")  # type: ignore[arg-type]
-    with serve_stats(telling(told), port=0, token="s3cret") as stats:
+    with serve_stats(pool_reporting(reported), port=0, token="s3cret") as stats:
         browser.go(stats.url)
         browser.wait(lambda: not browser.run("document.getElementById('token-form').hidden"), "no form")
         assert violations(browser, axe) == []
         browser.go(f"{stats.url}#token=s3cret")
         browser.wait_for(".process")
-        told.family = lambda: 1 / 0
+        reported.family = lambda: 1 / 0
         browser.wait(lambda: browser.text("#status").startswith("stale"), "it is not stale")
         assert violations(browser, axe) == []
         browser.run("sessionStorage.clear()")
@@ -358,7 +334,7 @@ def test_axe_finds_no_barrier_where_something_is_wrong(
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_it_fits_the_screen(
-    browser: Browser, told: Told, served: StatsServer, look: str, tmp_path: Path
+    browser: Browser, reported: Reported, served: StatsServer, look: str, tmp_path: Path
 ) -> None:
     def deep() -> Any:
         pids = range(4_190_000, 4_190_006)
@@ -373,7 +349,7 @@ def test_it_fits_the_screen(
             ]
         )
 
-    told.family = deep
+    reported.family = deep
     browser.emulate(**LOOKS[look])  # type: ignore[arg-type]
     show(browser, served)
     assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
@@ -384,7 +360,7 @@ def test_it_fits_the_screen(
     assert picture.stat().st_size > 10_000
 
 
-def test_it_is_used_with_the_keyboard(browser: Browser, told: Told, served: StatsServer) -> None:
+def test_it_is_used_with_the_keyboard(browser: Browser, reported: Reported, served: StatsServer) -> None:
     show(browser, served)
     tab, space = "\ue004", " "
     body = browser.driver.find_element("tag name", "body")
@@ -403,7 +379,7 @@ def test_it_is_used_with_the_keyboard(browser: Browser, told: Told, served: Stat
     assert pause.get_attribute("aria-pressed") == "true"
     pause.send_keys(space)
     browser.wait(lambda: browser.text("#status") == "live", "it does not go on")
-    # What had the keyboard still has it, however often the figures have changed.
+    # The same element has the focus, however often the figures have changed.
     assert browser.driver.switch_to.active_element.get_attribute("id") == "pause"
 
 
@@ -417,20 +393,20 @@ def test_nothing_moves_for_who_wants_it_so(browser: Browser, served: StatsServer
 
 
 def test_a_screen_reader_hears_of_processes_and_not_of_every_figure(
-    browser: Browser, told: Told, served: StatsServer
+    browser: Browser, reported: Reported, served: StatsServer
 ) -> None:
     show(browser, served)
     assert browser.run(
         "[...document.querySelectorAll('[role=status], [aria-live], output')].map(each => each.id)"
     ) == ["news"]
     news = "document.getElementById('news').textContent"
-    looks = told.looks
-    browser.wait(lambda: told.looks > looks + 1, "it does not ask")
+    looks = reported.looks
+    browser.wait(lambda: reported.looks > looks + 1, "it does not ask")
     assert browser.run(news) == ""
-    told.family = lambda: family(*small_family().processes, process(77, 41))
-    browser.wait(lambda: browser.run(news) == "Started: pid 77.", "it is not told")
-    told.family = small_family
-    browser.wait(lambda: browser.run(news) == "Ended: pid 77.", "it is not told")
+    reported.family = lambda: family(*small_family().processes, process(77, 41))
+    browser.wait(lambda: browser.run(news) == "Started: pid 77.", "it is not reported")
+    reported.family = small_family
+    browser.wait(lambda: browser.run(news) == "Ended: pid 77.", "it is not reported")
 
 
 def test_the_page_holds_what_the_json_does(browser: Browser, served: StatsServer) -> None:

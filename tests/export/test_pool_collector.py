@@ -4,9 +4,7 @@ in forked children; and in gunicorn beside prometheus-client's multiprocess mode
 from __future__ import annotations
 
 import builtins
-import http.client
 import importlib
-import os
 import re
 import shutil
 import subprocess
@@ -18,12 +16,13 @@ from typing import Any
 import prometheus_client
 import pytest
 from engines import MakeEngine
-from families import small_family, telling
+from families import pool_reporting, small_family
 from forking import run_in_child
+from gunicorn_server import WORKERS, get, gunicorn
 from prometheus_client import CollectorRegistry, generate_latest
 from sqlalchemy import create_engine
 from sqlalchemy.pool import QueuePool
-from waiting import PATIENCE, until
+from waiting import until
 
 from pidpool.export.prometheus import expose
 from pidpool.prometheus import PoolCollector
@@ -42,7 +41,7 @@ def checkouts(registry: CollectorRegistry, pool: str) -> float | None:
 
 def test_it_gives_what_the_endpoint_gives() -> None:
     family = small_family()
-    assert generate_latest(registry_with(telling(family))) == expose([family], "")[0]
+    assert generate_latest(registry_with(pool_reporting(family))) == expose([family], "")[0]
 
 
 def test_it_is_live(tls_url: str, make_engine: MakeEngine) -> None:
@@ -74,7 +73,7 @@ def test_its_names_are_known_without_a_look_at_a_pool() -> None:
     def never() -> Any:
         raise AssertionError("looked at")
 
-    engine = telling(never)
+    engine = pool_reporting(never)
     registry = registry_with(engine)
     with pytest.raises(ValueError, match="pidpool_checkouts"):
         registry.register(PoolCollector(engine))
@@ -84,7 +83,7 @@ def test_its_names_are_known_without_a_look_at_a_pool() -> None:
 
 def test_pools_of_one_name_make_no_series_twice() -> None:
     names = ["shop", "shop", "shop#2", "shop"]
-    engines = [telling(small_family(pool=name)) for name in names]
+    engines = [pool_reporting(small_family(pool=name)) for name in names]
     body = generate_latest(registry_with(*engines)).decode()
     assert set(re.findall(r'pool_name="([^"]+)"', body)) == {"shop", "shop#2", "shop#2#2", "shop#3"}
     assert series_of(body).most_common(1)[0][1] == 1
@@ -113,8 +112,6 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # -- gunicorn, with prometheus-client's multiprocess mode
-
-WORKERS = 4
 
 APPLICATION = """
 from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
@@ -148,18 +145,6 @@ def series_of(body: str) -> Counter[str]:
     return Counter(line.rpartition(" ")[0] for line in body.splitlines() if not line.startswith("#"))
 
 
-def get(port: int, path: str) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        body = response.read().decode()
-        assert response.status == 200, body
-        return body
-    finally:
-        connection.close()
-
-
 def number(body: str, series: str) -> float:
     (found,) = re.findall(rf"^{re.escape(series)} (\S+)$", body, re.MULTILINE)
     return float(found)
@@ -169,46 +154,18 @@ def number(body: str, series: str) -> float:
 def test_one_scrape_of_gunicorn_has_the_applications_series_and_the_pools_each_once(
     tmp_path: Path, postgres: EmbeddedPostgres
 ) -> None:
-    (tmp_path / "shop.py").write_text(APPLICATION.format(url=postgres.url(tls=True)))
     shared = tmp_path / "multiprocess"
     shared.mkdir()
-    log = tmp_path / "log"
-    command = [
-        sys.executable,
-        "-m",
-        "gunicorn",
-        "--preload",
-        f"--workers={WORKERS}",
-        "--bind=127.0.0.1:0",
-        "shop",
-    ]
-    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(shared)}
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output) as server,
-    ):
-        try:
-
-            def find_port() -> int | None:
-                assert server.poll() is None, log.read_text()
-                found = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", log.read_text())
-                return None if found is None else int(found[1])
-
-            port: int = until(find_port, "gunicorn does not start")
-            pool = '{db_client_connection_pool_name="shop"}'
-            until(
-                lambda: number(get(port, "/metrics"), f"pidpool_processes{pool}") == 1 + WORKERS,
-                "the workers don't appear",
-            )
-            for _ in range(40):
-                assert get(port, "/") == "1"
-            body = get(port, "/metrics")
-        finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            finally:
-                server.kill()
+    application = APPLICATION.format(url=postgres.url(tls=True))
+    with gunicorn(tmp_path, application, PROMETHEUS_MULTIPROC_DIR=str(shared)) as (_, port):
+        pool = '{db_client_connection_pool_name="shop"}'
+        until(
+            lambda: number(get(port, "/metrics"), f"pidpool_processes{pool}") == 1 + WORKERS,
+            "the workers don't appear",
+        )
+        for _ in range(40):
+            assert get(port, "/") == "1"
+        body = get(port, "/metrics")
     assert series_of(body).most_common(1)[0][1] == 1
     assert number(body, "shop_orders_total") == 40
     assert number(body, f"pidpool_checkouts_total{pool}") == 41

@@ -6,9 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
-import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,7 +18,8 @@ from typing import Any
 import pytest
 from engines import MakeEngine
 from parent import server_pid
-from sqlalchemy import Engine, make_url, text
+from servers import free_port, pgbouncer, running
+from sqlalchemy import Engine, text
 from waiting import until
 
 from pidpool import serve_stats
@@ -29,71 +27,6 @@ from pidpool.export.endpoint import StatsServer
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 pytestmark = pytest.mark.system
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def running(command: list[str], log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server, and end it by its pid."""
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(command, stdout=output, stderr=output, **options) as server,
-    ):
-        try:
-            yield server
-            assert server.poll() is None, log.read_text()
-        finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-
-
-# -- PgBouncer
-
-
-@contextmanager
-def pgbouncer(postgres: EmbeddedPostgres) -> Iterator[str]:
-    """Run a PgBouncer before the server; gives the URL to connect to through it."""
-    url, port = make_url(postgres.url(tls=True)), free_port()
-    # It refuses to run as root, and nobody has to be able to read what it is given.
-    directory = Path(tempfile.mkdtemp(prefix="pidpool-pgbouncer-"))
-    try:
-        directory.chmod(0o755)
-        configuration = directory / "pgbouncer.ini"
-        configuration.write_text(
-            f"""
-[databases]
-postgres = host=127.0.0.1 port={postgres.port} user={url.username} dbname=postgres
-[pgbouncer]
-listen_addr = 127.0.0.1
-listen_port = {port}
-unix_socket_dir =
-auth_type = any
-server_tls_sslmode = require
-"""
-        )
-        options = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
-        binary = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
-        assert binary is not None, "apt-get install pgbouncer"
-        with running([binary, str(configuration)], directory / "log", cwd=directory, **options) as server:
-
-            def answers() -> bool:
-                assert server.poll() is None, (directory / "log").read_text()
-                with socket.socket() as probe:
-                    return probe.connect_ex(("127.0.0.1", port)) == 0
-
-            until(answers, "PgBouncer does not answer")
-            through = url.set(port=port, query={"sslmode": "disable"})
-            yield through.render_as_string(hide_password=False)
-    finally:
-        shutil.rmtree(directory)
 
 
 @pytest.fixture(params=["direct", "pgbouncer"])
@@ -168,7 +101,7 @@ scrape_configs:
 @contextmanager
 def child_with_a_connection(engine: Engine) -> Iterator[int]:
     """Fork a child that checks out three times, and keeps the last one until this ends."""
-    told, tell = os.pipe()
+    reader, writer = os.pipe()
     leave, left = os.pipe()
     child = os.fork()
     if child == 0:
@@ -178,7 +111,7 @@ def child_with_a_connection(engine: Engine) -> Iterator[int]:
                 with engine.connect() as connection:
                     connection.execute(text("select 1"))
             with engine.connect():
-                os.write(tell, b".")
+                os.write(writer, b".")
                 os.read(leave, 1)
             engine.dispose()
             os._exit(0)
@@ -186,12 +119,12 @@ def child_with_a_connection(engine: Engine) -> Iterator[int]:
             os._exit(1)
     os.close(leave)
     try:
-        assert os.read(told, 1) == b"."
+        assert os.read(reader, 1) == b"."
         yield child
     finally:
         os.close(left)
         _, status = os.waitpid(child, 0)
-        for descriptor in (told, tell):
+        for descriptor in (reader, writer):
             os.close(descriptor)
     assert status == 0
 
@@ -212,7 +145,7 @@ def test_prometheus_knows_the_figures_of_the_family(
         own = server_pid(mine)
         mine.commit()
         with child_with_a_connection(engine), prometheus(tmp_path, stats, "s3cret") as server:
-            until(lambda: server.value("pidpool_processes") == 2, "Prometheus does not know of the child")
+            until(lambda: server.value("pidpool_processes") == 2, "Prometheus does not count the child")
             label = 'db_client_connection_pool_name="shop",job="shop"'
             expected = {
                 'up{job="shop"}': 1,

@@ -90,7 +90,7 @@ def test_a_cursor_of_the_driver_sends_nothing(
     cursor = None
     run_in_child(child, how=how)
     cursor = holder.pop()
-    parent.has_heard_nothing()
+    parent.has_had_no_traffic()
     assert len(cursor.fetchall()) == 4990
     cursor.close()
     parent.goes_on()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import resource
 import select
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from child import raises_foreign
 from descriptors import identity, is_severed, open_descriptors
 from engines import MakeEngine, raw
 from forking import How, run_in_child
+from limits import all_descriptors, few_descriptors
 from parent import Parent, server_pid
 from sqlalchemy import Engine, text
 
@@ -148,35 +146,6 @@ def test_severing_goes_on_after_a_daemon_closed_all_descriptors(engine: Engine, 
 
     run_in_child(daemon, how=how)
     parent.notices_nothing()
-
-
-def all_descriptors() -> list[int]:
-    """Take every free descriptor of this process."""
-    taken = []
-    while True:
-        try:
-            taken.append(os.open(os.devnull, os.O_RDONLY))
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-            return taken
-
-
-@contextmanager
-def few_descriptors(left: int) -> Iterator[None]:
-    """Leave this process, and what it forks, so many free descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = [os.open(os.devnull, os.O_RDONLY)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 10, hard))
-    try:
-        taken.extend(all_descriptors())
-        for _ in range(left):
-            os.close(taken.pop())
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for fd in taken:
-            os.close(fd)
 
 
 @both_hows

@@ -70,3 +70,9 @@ def test_the_lock_of_a_parent_that_was_killed(tls_url: str, pool: str, lock: str
     """No clean log here: the server has to notice that the parent is gone."""
     ended = run("orphan_lock.py", tls_url, pool)
     assert (ended.returncode, ended.stdout) == (0, f"{lock}\n"), ended.stderr
+
+
+@pytest.mark.usefixtures("clean_log")
+def test_a_parent_of_gevents_greenlets(tls_url: str) -> None:
+    ended = run("greenlets.py", tls_url, "10")
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr

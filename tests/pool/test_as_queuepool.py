@@ -85,13 +85,13 @@ class Run:
         return Connection(self.opened, self)
 
     def listener(self, name: str, arguments: int) -> Any:
-        def heard(connection: Any, *_: Any) -> None:
+        def listener(connection: Any, *_: Any) -> None:
             self.note(f"on {name}", None if connection is None else connection.number)
 
         return {
-            1: lambda a: heard(a),
-            2: lambda a, b: heard(a, b),
-            3: lambda a, b, c: heard(a, b, c),
+            1: lambda a: listener(a),
+            2: lambda a, b: listener(a, b),
+            3: lambda a, b, c: listener(a, b, c),
         }[arguments]
 
     def step(self) -> None:

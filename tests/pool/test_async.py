@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from events import Events
 from forking import How, run_in_child
 from parent import bytes_on_the_wire
 from sqlalchemy import text
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.util import greenlet_spawn
 from sqlalchemy.util.queue import Empty, Full
 
-from pidpool import AsyncPidPool, ForeignConnectionError, tag_of
+from pidpool import AsyncPidPool, ConnectionTag, ForeignConnectionError, tag_of
 from pidpool._sqlalchemy.async_idle_queue import AsyncIdleQueue
 from pidpool.forks import stand_in
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -46,81 +47,113 @@ def wire(tag: Any) -> tuple[int, int]:
     return bytes_on_the_wire(tag.fd)
 
 
+def fork_from(
+    loop: asyncio.AbstractEventLoop, child: Callable[[], Coroutine[Any, Any, None]], how: How
+) -> None:
+    """Fork in a task of the loop; in C between two of its runs. The child runs a loop of its own.
+
+    From 3.14 on, the loop and the task that run stand in the thread's state, and only PyOS_AfterFork_Child
+    clears them: a child that is forked in C meanwhile can run no loop. Hosts that fork in C run none there:
+    uWSGI's master has imported the application, and each worker runs a loop of its own.
+    """
+
+    async def task() -> None:
+        run_in_child(lambda: asyncio.run(child()), how=how)
+
+    if how == "python":
+        loop.run_until_complete(task())
+    else:
+        run_in_child(lambda: asyncio.run(child()), how=how)
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
 @both_hows
 @both_drivers
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("action", ["use", "close", "drop", "dispose"])
 def test_an_async_parent_never_notices(
-    postgres: EmbeddedPostgres, driver: str, state: str, action: str, how: How
+    postgres: EmbeddedPostgres,
+    loop: asyncio.AbstractEventLoop,
+    driver: str,
+    state: str,
+    action: str,
+    how: How,
 ) -> None:
-    async def parent() -> None:
-        async with an_engine(postgres.url(driver=driver)) as engine:
-            connection: AsyncConnection | None = await engine.connect()
-            assert connection is not None
-            if state.startswith("detached"):
-                await connection.run_sync(lambda sync: sync.detach())
-            number = await server_pid(connection)
-            tag = tag_of(connection)
-            assert tag is not None and tag.server_pid == number and tag.owner_pid == os.getpid()
-            assert tag.fd is not None and os.fstat(tag.fd).st_ino == tag.socket_inode
-            transaction = None
-            if state.endswith("in transaction"):
-                transaction = await connection.scalar(text("select txid_current()"))
-            else:
-                await connection.rollback()
-            if state == "idle":
-                await connection.close()
-                connection = None
-            holder = [connection]
-            before = wire(tag)
+    engine = create_async_engine(postgres.url(driver=driver), poolclass=AsyncPidPool)
+    holder: list[AsyncConnection | None] = []  # nothing else refers to the connection at the fork
 
-            async def child() -> None:
-                connection = holder.pop()
-                if action == "use":
-                    if connection is None:
-                        async with engine.connect() as own:
-                            assert await server_pid(own) != number
-                    else:
-                        if transaction is not None:
-                            with pytest.raises(OperationalError) as caught:
-                                await server_pid(connection)
-                            assert caught.value.connection_invalidated
-                            error = caught.value.orig
-                            assert isinstance(error, ForeignConnectionError)
-                            assert (error.owner_pid, error.pid) == (os.getppid(), os.getpid())
-                            await connection.rollback()
-                        assert await server_pid(connection) != number
-                        own_tag = tag_of(connection)
-                        assert own_tag is not None and own_tag.owner_pid == os.getpid()
-                        await connection.close()
-                elif action == "close" and connection is not None:
-                    await connection.close()
-                elif action == "dispose":
-                    await engine.dispose()
-                del connection
-                gc.collect()
+    async def open_one() -> tuple[int, ConnectionTag, Any]:
+        connection = await engine.connect()
+        if state.startswith("detached"):
+            await connection.run_sync(lambda sync: sync.detach())
+        number = await server_pid(connection)
+        tag = tag_of(connection)
+        assert tag is not None and tag.server_pid == number and tag.owner_pid == os.getpid()
+        assert tag.fd is not None and os.fstat(tag.fd).st_ino == tag.socket_inode
+        transaction = None
+        if state.endswith("in transaction"):
+            transaction = await connection.scalar(text("select txid_current()"))
+        else:
+            await connection.rollback()
+        if state == "idle":
+            await connection.close()
+        holder.append(None if state == "idle" else connection)
+        return number, tag, transaction
+
+    async def child() -> None:
+        connection = holder.pop()
+        if action == "use":
+            if connection is None:
                 async with engine.connect() as own:
                     assert await server_pid(own) != number
-                assert os.fstat(tag.fd).st_ino != tag.socket_inode
-                await engine.dispose()
+            else:
+                if transaction is not None:
+                    with pytest.raises(OperationalError) as caught:
+                        await server_pid(connection)
+                    assert caught.value.connection_invalidated
+                    error = caught.value.orig
+                    assert isinstance(error, ForeignConnectionError)
+                    assert (error.owner_pid, error.pid) == (os.getppid(), os.getpid())
+                    await connection.rollback()
+                assert await server_pid(connection) != number
+                own_tag = tag_of(connection)
+                assert own_tag is not None and own_tag.owner_pid == os.getpid()
+                await connection.close()
+        elif action == "close" and connection is not None:
+            await connection.close()
+        elif action == "dispose":
+            await engine.dispose()
+        del connection
+        gc.collect()
+        async with engine.connect() as own:
+            assert await server_pid(own) != number
+        assert os.fstat(tag.fd).st_ino != tag.socket_inode
+        await engine.dispose()
 
-            inner = connection
-            connection = None
-            run_in_child(lambda: asyncio.run(child()), how=how)
-            assert wire(tag) == before
-            if inner is None:
-                inner = await engine.connect()
-            assert await server_pid(inner) == number
-            if transaction is not None:
-                assert await inner.scalar(text("select txid_current()")) == transaction
-            await inner.commit()
-            raw = (await inner.get_raw_connection()).dbapi_connection
-            driver_connection = None if raw is None else raw.driver_connection
-            await inner.close()
-            if state.startswith("detached") and driver == "postgresql+psycopg":
-                await driver_connection.close()  # SQLAlchemy leaves that to the garbage collector
+    async def go_on() -> None:
+        connection = holder.pop() or await engine.connect()
+        assert await server_pid(connection) == number
+        if transaction is not None:
+            assert await connection.scalar(text("select txid_current()")) == transaction
+        await connection.commit()
+        raw = (await connection.get_raw_connection()).dbapi_connection
+        driver_connection = None if raw is None else raw.driver_connection
+        await connection.close()
+        if state.startswith("detached") and driver == "postgresql+psycopg":
+            await driver_connection.close()  # SQLAlchemy leaves that to the garbage collector
+        await engine.dispose()
 
-    asyncio.run(parent())
+    number, tag, transaction = loop.run_until_complete(open_one())
+    before = wire(tag)
+    fork_from(loop, child, how)
+    assert wire(tag) == before
+    loop.run_until_complete(go_on())
 
 
 @both_drivers
@@ -177,8 +210,39 @@ def test_kept_sockets(postgres: EmbeddedPostgres, driver: str) -> None:
     asyncio.run(parent())
 
 
+@both_drivers
+@pytest.mark.filterwarnings("ignore:The garbage collector is trying to clean up:sqlalchemy.exc.SAWarning")
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")  # psycopg's own
+def test_a_collected_checkout_is_closed_as_such(postgres: EmbeddedPostgres, driver: str) -> None:
+    """SQLAlchemy terminates asyncpg's connection, and drops psycopg's."""
+
+    async def collect() -> None:
+        events = Events()
+        options: Any = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5, "family_limit": 1}
+        async with an_engine(postgres.url(driver=driver), logger=events.logger, **options) as engine:
+            pool = engine.pool
+            assert isinstance(pool, AsyncPidPool)
+            tags = []
+            for _ in range(3):  # each needs the permit of the one before
+                connection: AsyncConnection | None = await engine.connect()
+                assert connection is not None
+                await connection.rollback()
+                tags.append(tag_of(connection))
+                del connection
+                gc.collect()
+                assert (pool.checkedin(), pool.stats().connections) == (1, ())
+            pool.log_waiting_events()
+            closed = [(event["reason"], event["connection_id"]) for event in events.of("connection.closed")]
+            assert closed == [("collected", tag and tag.connection_id) for tag in tags]
+            assert pool.stats().counters.closed["collected"] == 3
+            async with engine.connect() as connection:
+                await server_pid(connection)
+
+    asyncio.run(collect())
+
+
 def test_the_transaction_state_is_read_without_the_server(postgres: EmbeddedPostgres) -> None:
-    async def tell() -> None:
+    async def use() -> None:
         async with (
             an_engine(postgres.url(driver="postgresql+asyncpg")) as engine,
             engine.connect() as connection,
@@ -188,7 +252,7 @@ def test_the_transaction_state_is_read_without_the_server(postgres: EmbeddedPost
             await server_pid(connection)
             assert stand_in.transaction_state(raw) == "in transaction"
 
-    asyncio.run(tell())
+    asyncio.run(use())
 
 
 async def _in_greenlet(function: Any, *arguments: Any) -> Any:

@@ -115,8 +115,8 @@ def read(pool: PidPool) -> tuple[Any, ...]:
 @pytest.mark.usefixtures("clean_log")
 def test_every_option_is_kept(tls_url: str, make_engine: MakeEngine) -> None:
     engine = make_engine(tls_url, **options(logger=Events().logger))
-    heard: list[str] = []
-    event.listen(engine, "checkout", lambda *_: heard.append("checkout"))
+    listened: list[str] = []
+    event.listen(engine, "checkout", lambda *_: listened.append("checkout"))
     pool = engine.pool
     assert isinstance(pool, PidPool)
     before = read(pool)
@@ -130,10 +130,10 @@ def test_every_option_is_kept(tls_url: str, make_engine: MakeEngine) -> None:
         engine.dispose(close=how == "with close")
         assert engine.pool is not pool
         assert read(engine.pool) == before
-        count = len(heard)
+        count = len(listened)
         with engine.connect() as connection:
             connection.scalar(text("select 1"))
-        assert len(heard) == count + 1
+        assert len(listened) == count + 1
         engine.dispose()
 
     assert read(pool.recreate()) == before

@@ -1,4 +1,4 @@
-"""structlog's JSON to a file, as README.md has it."""
+"""structlog's JSON to a file, as docs/watching.md has it."""
 
 import sys
 

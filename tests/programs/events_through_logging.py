@@ -1,4 +1,4 @@
-"""The stdlib's logging with structlog's ProcessorFormatter, as README.md has it."""
+"""The stdlib's logging with structlog's ProcessorFormatter, as docs/watching.md has it."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""structlog not configured: the events are lines of the stdlib logger `pidpool`, as README.md has it."""
+"""structlog not configured: events are lines of the stdlib logger `pidpool`, as docs/watching.md has it."""
 
 import logging
 import sys

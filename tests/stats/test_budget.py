@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
 import sys
 import threading
 import time
+import types
 from typing import Any
 
 import pytest
 from forking import run_in_child
+from killing import is_killed, kill_at
 from waiting import until
 
 from pidpool.stats import budget as budget_module
@@ -33,15 +36,20 @@ def budget_of(family: Family) -> Budget:
     return budget
 
 
-def take_all(budget: Budget, seconds: float = 0.12) -> list[Permit]:
-    """Take permits for a while: longer than the wish of a process holds that was killed."""
+def take_all(budget: Budget, tries: int = 24) -> list[Permit]:
+    """Take permits until so many tries in a row, 5 ms apart, have found none.
+
+    That is longer than the wish of a killed process holds.
+    """
     taken: list[Permit] = []
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    failed = 0
+    while failed < tries:
         permit = budget.take()
         if permit is None:
+            failed += 1
             time.sleep(0.005)
         else:
+            failed = 0
             taken.append(permit)
     return taken
 
@@ -129,59 +137,61 @@ def test_the_permits_of_the_killed_are_there_again() -> None:
     assert len(take_all(budget)) == 5
 
 
-def kill_at(instruction: int, budget: Budget) -> None:
-    """Take a permit, give it back and take another, and be killed at one instruction of that."""
-    left = instruction
-    codes = {module.__file__ for module in (budget_module, family_module, process_counters, robust_lock)}
+def take_give_back_and_take_all(family: Family, instruction: int) -> None:
+    """Take a permit, give it back, take another, and want one more; be killed at one instruction of that.
 
-    def trace(frame: Any, event: str, argument: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename in codes:
-            frame.f_trace_opcodes = True
-            frame.f_trace_lines = False
-            left -= event == "opcode"
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return trace
-
-    sys.settrace(trace)
+    The sum has a permit of a process that was killed, so the last but one is taken after a reckoning.
+    """
+    budget = budget_of(family)
+    kill_at(instruction, budget_module, family_module, process_counters, robust_lock)
     permit = budget.take()
     assert permit is not None
     permit.give_back()
+    kept = [budget.take()]
+    kept.append(budget.take())
+    assert None not in kept
     wish = Wish()
     budget.begin_wish(wish)
     budget.wish()
-    permit = budget.take()
+    assert budget.take() is None
     del wish
+    kept.clear()  # as garbage
     sys.settrace(None)
 
 
+def die_with_a_permit(family: Family) -> None:
+    pid = os.fork()
+    if pid == 0:
+        kept = budget_of(family).take()
+        os._exit(0 if kept else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 def test_a_process_killed_at_any_instruction_takes_no_permit_with_it_and_blocks_none() -> None:
-    """One child for each (in short: each eleventh) instruction of taking and giving back."""
-    step = 1 if "PIDPOOL_SOAK" in os.environ else 11
+    """One child for each (in short: each 17th) instruction of taking and giving back."""
+    step = 1 if "PIDPOOL_SOAK" in os.environ else 17
     killed, instruction = True, 0
     while killed:
         family = Family(5, 10, limit=3)
         budget = budget_of(family)
         kept = budget.take()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                kill_at(instruction, budget_of(family))
-            finally:
-                os._exit(0)
-        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        taken: list[Any] = []
+        die_with_a_permit(family)
+        killed = is_killed(functools.partial(take_give_back_and_take_all, family, instruction))
+        taken: list[Permit] = []
 
-        def takes_all(taken: list[Any] = taken, budget: Budget = budget) -> bool:
-            taken += take_all(budget)
+        def takes_all(taken: list[Permit] = taken, budget: Budget = budget) -> bool:
+            permit = budget.take()
+            if permit is not None:
+                taken.append(permit)
             return len(taken) == 2
 
         # The wish of a killed thread holds for 60 ms more.
         until(takes_all, f"killed at instruction {instruction}: {len(taken)} permits of 2", 1.0)
+        assert budget.take() is None
         assert kept is not None
         instruction += step
-    assert instruction > 300
+    print(f"killed at each of {instruction // step - 1} instructions, {step} apart")
+    assert instruction > 500
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
@@ -217,21 +227,31 @@ def test_an_interrupt_at_any_instruction_loses_no_permit() -> None:
         finally:
             sys.settrace(None)
         permit = None
-        gc.collect()
-        assert len(take_all(budget, 0.03)) == 3, instruction
+        gc.collect(0)
+        taken = [budget.take() for _ in range(4)]
+        assert [each is not None for each in taken] == [True, True, True, False], instruction
         instruction += 5
     assert instruction > 100
 
 
-def test_a_finalizer_that_gives_back_while_a_permit_is_taken_neither_waits_nor_loses() -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_finalizer_that_gives_back_while_a_permit_is_taken_neither_waits_nor_loses(when: str) -> None:
+    """Before or after the sum is made."""
     budget = budget_of(Family(5, 10, limit=3))
     other = budget.take()
     assert other is not None
     settle = budget._settle
 
+    sums = 0
+
     def settle_with_finalizer() -> None:
-        other.give_back()
+        nonlocal sums
+        sums += 1
+        if when == "before":
+            other.give_back()
         settle()
+        if sums == 2:  # the one with the permit
+            other.give_back()
 
     budget._settle = settle_with_finalizer  # type: ignore[method-assign]
     started = time.monotonic()
@@ -272,7 +292,7 @@ def test_taking_and_giving_with_64_processes_takes_microseconds() -> None:
                 permit.give_back()
             return (time.thread_time() - started) / 500
 
-        # The issue's figure is 10 µs; on a machine that shares its processors the least of several tells.
+        # As a rule it is 10 µs. Other processes disturb single measurements, so the least of several counts.
         assert min(cost() for _ in range(10)) < 20e-6
     finally:
         for pid in pids:
@@ -319,7 +339,7 @@ def test_a_killed_process_that_wanted_a_permit_has_no_share() -> None:
     assert len(kept) == 4 and budget.share() == 4
 
 
-def test_a_wish_of_a_killed_process_ends() -> None:
+def test_a_wish_of_a_killed_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     family = Family(5, 10, limit=2)
     budget = budget_of(family)
     kept = take_all(budget)
@@ -331,7 +351,9 @@ def test_a_wish_of_a_killed_process_ends() -> None:
         own.begin_wish(wish)
         own.wish()
 
+    now = time.perf_counter_ns()
+    monkeypatch.setattr(budget_module, "time", types.SimpleNamespace(perf_counter_ns=lambda: now))
     run_in_child(child)
     assert budget.is_wanted()
-    time.sleep(0.1)
+    now += 100_000_000
     assert not budget.is_wanted() and not budget.wanted[0] and len(kept) == 2

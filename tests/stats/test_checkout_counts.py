@@ -24,13 +24,13 @@ BOUND = 30.0
 class Connection:
     """A connection of a driver that does nothing, and fails if `fails` is set."""
 
-    def __init__(self, number: int, told: list[Any]) -> None:
+    def __init__(self, number: int, calls: list[Any]) -> None:
         self.number = number
-        self.told = told
+        self.calls = calls
         self.fails = False
 
     def _do(self, what: str) -> None:
-        self.told.append((what, self.number))
+        self.calls.append((what, self.number))
         if self.fails:
             raise ValueError(what)
 
@@ -48,7 +48,7 @@ class Driver:
     """Opens connections, and records in order what is done with them."""
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
         self.opened = 0
         self.fails = False
 
@@ -56,8 +56,8 @@ class Driver:
         if self.fails:
             raise ValueError("connect")
         self.opened += 1
-        self.told.append(("open", self.opened))
-        return Connection(self.opened, self.told)
+        self.calls.append(("open", self.opened))
+        return Connection(self.opened, self.calls)
 
 
 def held(checkout: PoolProxiedConnection) -> Any:

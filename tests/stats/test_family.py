@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ import pytest
 from engines import MakeEngine
 from events import Events
 from forking import How, fork, run_in_child
+from killing import is_killed, kill_at
 from parent import Parent
 from sqlalchemy import event, exc, text
 from waiting import until
@@ -118,6 +119,7 @@ def test_a_snapshot_shows_the_state_of_the_pool(tls_url: str, make_engine: MakeE
         "failed": 0,
         "given back": 0,
         "idle": 0,
+        "collected": 0,
     }
     detached = engine.connect()
     detached.detach()
@@ -471,24 +473,10 @@ def test_a_process_killed_at_any_instruction_of_joining_changes_no_sum(
     process that has ended."""
     monkeypatch.setattr(family_module, "BLOCKS", 2)
     step = 1 if "PIDPOOL_SOAK" in os.environ else 5
-    codes = {family_module.__file__, process_counters.__file__}
 
     def join(memory: Family, instruction: int) -> None:
-        left = instruction
-
-        def trace(frame: Any, event: str, argument: object) -> Any:
-            nonlocal left
-            if frame.f_code.co_filename in codes:
-                frame.f_trace_opcodes = True
-                frame.f_trace_lines = False
-                left -= event == "opcode"
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        sys.settrace(trace)
+        kill_at(instruction, family_module, process_counters)
         memory.join(parent_pid=os.getppid())
-        sys.settrace(None)
 
     killed = True
     for instruction in range(0, 10_000, step):
@@ -497,13 +485,7 @@ def test_a_process_killed_at_any_instruction_of_joining_changes_no_sum(
         ended = memory.join(parent_pid=os.getpid())
         ended.add(Count.TIMEOUTS, 7)
         ended.cells[process_counters.ENDED] = 1
-        pid = os.fork()
-        if pid == 0:
-            try:
-                join(memory, instruction)
-            finally:
-                os._exit(0)
-        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        killed = is_killed(functools.partial(join, memory, instruction))
         assert memory.read("pool").counters.timeouts == 7, instruction
         memory.join(parent_pid=os.getpid()).add(Count.TIMEOUTS)
         stats = memory.read("pool")
@@ -657,24 +639,26 @@ def test_more_than_the_server_takes_is_logged_once(tls_url: str, make_engine: Ma
     parent.notices_nothing()
 
 
-def test_the_servers_limit_is_compared_only_when_a_process_has_joined(
+def test_the_servers_limit_is_compared_only_when_a_process_has_joined_that_may_exceed_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It takes a look at every process, which not each opened connection is to pay for."""
+    """It takes a look at every process, which not each opened connection is to pay for, nor each child."""
     memory = Family(100, 0)
+    looks: list[memoryview] = []
+    is_alive = memory.is_alive
+    monkeypatch.setattr(memory, "is_alive", lambda block: looks.append(block) or is_alive(block))
     memory.join()
-    ended = memory.join(parent_pid=os.getpid())
-    ended.cells[process_counters.ENDED] = 1
-    memory.learn_server_max_connections(lambda: 150)
-    reads = []
-    read = memory.read
-    monkeypatch.setattr(memory, "read", lambda name: reads.append(name) or read(name))
+    memory.learn_server_max_connections(lambda: 250)
+    run_in_child(lambda: memory.join(parent_pid=os.getppid()) and None)
+    assert memory.exceeds_server("pool") is None
+    assert looks == []
+    memory.join(parent_pid=os.getpid())
     for _ in range(3):
-        assert memory.exceeds_server("pool") is None
-    assert len(reads) == 1
+        assert memory.exceeds_server("pool") is None  # since one of the three has ended
+    assert len(looks) == 3
     memory.join(parent_pid=os.getpid())
     over = memory.exceeds_server("pool")
-    assert over is not None and over.maximum == 200
+    assert over is not None and over.maximum == 300
     assert memory.exceeds_server("pool") is None
 
 
@@ -683,13 +667,13 @@ def test_a_snapshot_as_dicts_has_all_its_fields() -> None:
     held = pool.connect()
     run_in_child(use, pool)
     stats = pool.family_stats()
-    told = json.loads(json.dumps(stats.to_dict()))
+    plain = json.loads(json.dumps(stats.to_dict()))
     fields = json.loads(json.dumps(dataclasses.asdict(stats)))
     derived = {"alive": 1, "maximum": 15, "idle": 0, "used": 1, "waiting": 0, "overdue": None}
-    derived |= {"permits": 0, "wanting": 0}
+    derived |= {"wanting": 0}
     for each, process in zip(fields["processes"], stats.processes, strict=True):
         each["maximum"] = process.maximum
-    assert told == {**fields, **derived}
+    assert plain == {**fields, **derived}
     held.close()
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from events import Events
 from forking import run_in_child
+from sqlalchemy import exc
 from waiting import until
 
 from pidpool import PidPool
@@ -142,6 +147,37 @@ def test_dispose_stays_in_the_family_with_the_same_counts() -> None:
     assert again.stats().counters.checkouts == 1
 
 
+@pytest.mark.parametrize(("limit", "other"), [(5, 3), (5, None), (None, 3)])
+def test_a_process_with_another_limit_is_named(limit: int | None, other: int | None) -> None:
+    events = Events()
+
+    def join(limit: int | None) -> int | None:
+        PidPool(Connection, family="shop", family_limit=limit, logger=events.logger).connect().close()
+        return next((each["other_limit"] for each in events.of("family.limits_differ")), -1)
+
+    pool = PidPool(Connection, family="shop", family_limit=other, logger=events.logger)
+    assert run_in_child(join, other) == -1
+    assert run_in_child(join, limit) == other
+    pool.recreate().connect().close()
+    assert events.of("family.limits_differ") == []
+    PidPool(Connection, family="shop", family_limit=limit, logger=events.logger).connect().close()
+    event = events.the("family.limits_differ")
+    assert (event["family"], event["family_limit"], event["other_limit"]) == ("shop", limit, other)
+    assert event["other_pid"] == os.getpid()
+
+
+def test_processes_with_other_limits_keep_to_their_own_over_the_permits_of_all() -> None:
+    pools = [PidPool(Connection, family="shop", family_limit=limit, timeout=0.1) for limit in (4, 2)]
+    kept = [pools[0].connect() for _ in range(2)]
+    with pytest.raises(exc.TimeoutError, match="family_limit of 2 reached"):
+        pools[1].connect()
+    kept += [pools[0].connect() for _ in range(2)]
+    with pytest.raises(exc.TimeoutError, match="family_limit of 4 reached"):
+        pools[0].connect()
+    for each in kept:
+        each.close()
+
+
 def test_when_no_process_lives_the_family_starts_afresh() -> None:
     with Process(checkouts=5):
         pass
@@ -155,6 +191,8 @@ def test_the_file_is_for_this_user_alone(directory: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert file.name.startswith("shop.") and file.stat().st_size < 100
+    # Of this machine since its start: several may share the directory.
+    assert f".{Path('/proc/sys/kernel/random/boot_id').read_text()[:8]}." in file.name
 
 
 def test_a_file_that_is_truncated_deleted_or_overwritten_harms_no_process(directory: Path) -> None:
@@ -198,6 +236,16 @@ def test_a_number_of_a_segment_given_to_another_one_is_noticed(directory: Path) 
     with Process() as process:
         assert process.alive == 1 and process.checkouts == 1
     assert other.family_stats().alive == 1
+    # A process that has looked at the other family's segment does not keep it.
+    program = """
+import os, sys
+from pidpool.stats.family import Family
+Family(5, 10, name="shop").join()
+print(open("/proc/self/maps").read().count("SYSV"))
+"""
+    files["shop"].write_bytes(stale)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1\n", done.stderr
 
 
 @pytest.mark.parametrize("what", ["file", "directory"])
@@ -228,6 +276,84 @@ def test_what_is_not_this_users_alone_is_refused(
         PidPool(Connection, family="shop")
     assert isinstance(caught.value, PermissionError)
     assert str(path) in str(caught.value) and "remove it" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "directory"])
+def test_what_is_no_plain_file_is_refused(
+    directory: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PidPool(Connection, family="shop")
+    (file,) = directory.iterdir()
+    file.unlink()
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+        if kind == "pipe":
+            os.mkfifo(file, 0o600)
+        elif kind == "directory":
+            file.mkdir()
+        else:
+            monkeypatch.chdir(directory)  # the whole path may be too long for a socket
+            listener.bind(file.name)
+        with pytest.raises(FamilyRefused, match=r"no plain file.*: remove it"):
+            PidPool(Connection, family="shop")
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def open_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory where every user may make files, as /dev/shm."""
+    with tempfile.TemporaryDirectory(prefix="pidpool-users-") as made:
+        os.chmod(made, 0o1777)
+        monkeypatch.setenv("PIDPOOL_FAMILY_DIR", made)
+        yield Path(made)
+
+
+def as_another_user(function: Callable[[], Any]) -> Any:
+    """Call it in a child that is another user; an ordinary user only takes itself for it."""
+
+    def become() -> Any:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        else:
+            os.geteuid = lambda: NOBODY
+        return function()
+
+    return run_in_child(become)
+
+
+def count_one(pool: PidPool) -> tuple[int, int]:
+    pool.connect().close()
+    return pool.family_stats().alive, pool.family_stats().counters.checkouts
+
+
+def test_two_users_have_a_family_each(open_directory: Path) -> None:
+    pool = PidPool(Connection, family="shop")
+    pool.connect().close()
+    events = Events()
+
+    def other() -> tuple[tuple[int, int], int]:
+        counted = count_one(PidPool(Connection, family="shop", logger=events.logger))
+        return counted, len(events.of("family.private"))
+
+    if os.geteuid() == 0:
+        assert as_another_user(other) == ((1, 1), 0)
+        assert {path.name for path in open_directory.iterdir()} == {"pidpool-0", f"pidpool-{NOBODY}"}
+    assert count_one(pool) == (1, 2)
+
+
+def test_a_directory_that_another_user_has_made_in_its_place_is_refused(open_directory: Path) -> None:
+    (open_directory / f"pidpool-{NOBODY}").mkdir(0o700)
+
+    def other() -> str:
+        with pytest.raises(FamilyRefused) as caught:
+            PidPool(Connection, family="shop")
+        return str(caught.value)
+
+    said = as_another_user(other)
+    assert said.startswith(f"{open_directory}/pidpool-{NOBODY} ") and "remove it" in said
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 65, "\0", "../up"])
@@ -286,16 +412,75 @@ assert "Read-only file system" in events.of("family.private")[1]["reason"], even
     assert done.returncode == 0, done.stderr
 
 
-def test_another_pid_namespace_is_another_family() -> None:
-    """As in two containers with one /dev/shm: the pids of the one mean nothing in the other."""
+@pytest.mark.parametrize(
+    "namespaces",
+    [
+        ("--pid", "--mount-proc"),
+        ("--ipc",),
+        ("--time",),
+        ("--pid", "--ipc", "--mount", "--uts", "--mount-proc"),
+    ],
+    ids=lambda each: " ".join(each).replace("--", ""),
+)
+def test_another_container_with_the_same_directory_is_another_family(namespaces: tuple[str, ...]) -> None:
+    """The pids, segments and clocks of the one mean nothing in the other."""
     pool = PidPool(Connection, family="shop")
     pool.connect().close()
     command = [sys.executable, "-c", PROGRAM, "shop", "5", "1"]
-    isolated = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc", *command]
+    isolated = ["unshare", "--map-root-user", *namespaces, "--fork", *command]
     done = subprocess.run(isolated, capture_output=True, text=True, timeout=60, input="")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [1, 1]
     assert pool.family_stats().alive == 1
+
+
+def named_memory(prepare: Callable[[memoryview, int], None]) -> memoryview:
+    return family_memory.named("shop", "1x1", 4096, lambda memory: memory.cast("Q")[0], prepare)
+
+
+def write_key(memory: memoryview, key: int) -> None:
+    memory.cast("Q")[0] = key
+
+
+def test_a_child_forked_while_another_thread_makes_the_family_locks_none_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The child has the locked file too, for all its life."""
+    monkeypatch.setattr(family_memory, "_LOCK_WAIT", 0.5)
+    pids: list[int] = []
+
+    def prepare(memory: memoryview, key: int) -> None:
+        pids.append(os.fork())
+        if pids == [0]:
+            signal.pause()
+        write_key(memory, key)
+
+    named_memory(prepare)
+    try:
+        named_memory(write_key)
+    finally:
+        os.kill(pids[0], signal.SIGKILL)
+        os.waitpid(pids[0], 0)
+
+
+def test_a_process_that_is_stopped_while_it_makes_the_family_is_waited_for_with_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(family_memory, "_LOCK_WAIT", 0.2)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            named_memory(lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+        finally:
+            os._exit(0)
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+    try:
+        with pytest.raises(family_memory.NoSharedMemory, match="has been locked by another process"):
+            named_memory(write_key)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    named_memory(write_key)
 
 
 def test_a_process_killed_at_any_instruction_of_making_a_family_blocks_none(

@@ -23,6 +23,6 @@ def test_any_server_pid_is_reported(monkeypatch: pytest.MonkeyPatch, server_pid:
     with engine.connect() as connection:
         assert isinstance(engine.pool, PidPool)
         tag = tag_of(connection)
-        (told,) = engine.pool.stats().connections
-        assert tag is not None and told.tag.server_pid == tag.server_pid == server_pid
+        (listed,) = engine.pool.stats().connections
+        assert tag is not None and listed.tag.server_pid == tag.server_pid == server_pid
     engine.dispose()

@@ -1,24 +1,19 @@
-"""The endpoint in a web server that forks: whichever worker answers, it tells of all, also of one that
-was killed, and no checkout is lost."""
+"""The endpoint in a web server that forks: each worker reports all of them, also a killed one, and no
+checkout is lost."""
 
 from __future__ import annotations
 
-import http.client
 import json
-import re
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+from gunicorn_server import WORKERS, get, gunicorn
 from waiting import PATIENCE, until
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
-WORKERS = 4
 CHECKOUTS = 3
 
 APPLICATION = f"""
@@ -43,70 +38,23 @@ application = StatsApp(engine).mount(shop, "/pidpool")
 """
 
 
-@contextmanager
-def gunicorn(directory: Path, url: str) -> Iterator[tuple[int, int]]:
-    """Run gunicorn with preloaded workers; gives its pid and port."""
-    (directory / "shop.py").write_text(APPLICATION.format(url=url))
-    command = [
-        sys.executable,
-        "-m",
-        "gunicorn",
-        "--preload",
-        f"--workers={WORKERS}",
-        "--bind=127.0.0.1:0",
-        "shop",
-    ]
-    log = directory / "log"
-    with log.open("wb") as output, subprocess.Popen(command, cwd=directory, stderr=output) as server:
-        try:
-
-            def port() -> int | None:
-                assert server.poll() is None, log.read_text()
-                found = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", log.read_text())
-                return None if found is None else int(found[1])
-
-            yield server.pid, until(port, "gunicorn does not start")
-        finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            finally:
-                server.kill()
-
-
-def get(port: int, path: str) -> bytes | None:
-    """Return what is answered; None if the worker died over it."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        body = response.read()
-        assert response.status == 200, body
-        return body
-    except (http.client.RemoteDisconnected, ConnectionResetError):
-        return None
-    finally:
-        connection.close()
-
-
 def family_of(port: int) -> tuple[int, Any]:
     """Return the pid of the worker that answered, and the family that it reported."""
-    body = get(port, "/pidpool/stats.json")
-    assert body is not None
-    stats = json.loads(body)
+    stats = json.loads(get(port, "/pidpool/stats.json"))
     (family,) = stats["pools"]
     return stats["answered_by"], family
 
 
 def test_any_worker_reports_all_and_no_checkout_is_lost(tmp_path: Path, postgres: EmbeddedPostgres) -> None:
-    with gunicorn(tmp_path, postgres.url(tls=True)) as (master, port):
+    application = APPLICATION.format(url=postgres.url(tls=True))
+    with gunicorn(tmp_path, application) as (master, port):
         until(lambda: family_of(port)[1]["alive"] == 1 + WORKERS, "the workers don't appear")
         answered = []
         enough = threading.Event()
 
         def load() -> None:
             while not enough.is_set():
-                assert get(port, "/") == b"served"
+                assert get(port, "/") == "served"
                 answered.append(1)
 
         clients = [threading.Thread(target=load) for _ in range(4)]
@@ -114,7 +62,8 @@ def test_any_worker_reports_all_and_no_checkout_is_lost(tmp_path: Path, postgres
             client.start()
         until(lambda: len(answered) > 50, "nothing is answered")
         # It dies in a request of its own, so that no answer to another one is lost with it.
-        assert get(port, "/die") is None
+        with pytest.raises(ConnectionResetError):
+            get(port, "/die")
         until(lambda: family_of(port)[1]["alive"] == 1 + WORKERS, "no worker takes the place of the dead one")
         so_far = len(answered)
         until(lambda: len(answered) > so_far + 50, "nothing is answered any more")
@@ -122,18 +71,18 @@ def test_any_worker_reports_all_and_no_checkout_is_lost(tmp_path: Path, postgres
         for client in clients:
             client.join(PATIENCE)
 
-        told: dict[int, Any] = {}
+        reported: dict[int, Any] = {}
 
         def all_have_answered() -> bool:
             pid, family = family_of(port)
-            told[pid] = family
-            return len(told) == WORKERS
+            reported[pid] = family
+            return len(reported) == WORKERS
 
         until(all_have_answered, "not all workers answer")
-        for family in told.values():
+        for family in reported.values():
             processes = family["processes"]
             alive = {process["pid"] for process in processes if process["alive"]}
-            assert alive == {master, *told}
+            assert alive == {master, *reported}
             assert [process["pid"] for process in processes if process["parent_pid"] is None] == [master]
             assert {process["parent_pid"] for process in processes[1:]} == {master}
             (dead,) = [process for process in processes if not process["alive"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,14 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 T = TypeVar("T")
 PATIENCE = 30.0
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "light": {"prefers_color_scheme": "light"},
+    "dark": {"prefers_color_scheme": "dark"},
+    "narrow": {"width": 360, "height": 740, "prefers_color_scheme": "light"},
+    "narrow dark": {"width": 360, "height": 740, "prefers_color_scheme": "dark"},
+}
+"""What `Browser.emulate` takes for each look that a page is tested in."""
 
 
 class Browser:
@@ -88,3 +97,24 @@ def chromium(profile: Path) -> Iterator[Browser]:
         yield Browser(driver)
     finally:
         driver.quit()
+
+
+def install_axe(directory: Path) -> str:
+    """Return the source of axe-core, from npm."""
+    arguments = ["--no-audit", "--no-fund", "--ignore-scripts", "axe-core@4"]
+    subprocess.run(
+        ["npm", "install", "--prefix", str(directory), *arguments],
+        check=True,
+        capture_output=True,
+        timeout=110,
+    )
+    return (directory / "node_modules/axe-core/axe.min.js").read_text()
+
+
+def violations(browser: Browser, axe: str) -> list[Any]:
+    """Return what axe-core finds wrong with the page: rules, and the elements that break them."""
+    browser.driver.execute_script(axe)
+    script = "axe.run().then(({ violations, passes }) => arguments[0]([violations, passes.length]))"
+    found, passes = browser.driver.execute_async_script(script)
+    assert passes > 15
+    return [(each["id"], [node["html"] for node in each["nodes"]]) for each in found]

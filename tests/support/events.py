@@ -28,6 +28,8 @@ LEVELS_AND_FIELDS = {
     "pool.adopted": ("info", COUNTS | {"parent_pid", "trigger", "connects_in_flight", "forked_at"}),
     "pool.disposed": ("info", {"closed", "checked_out"}),
     "family.private": ("warning", {"family", "reason"}),
+    "family.limits_differ": ("warning", {"family", "family_limit", "other_limit", "other_pid"}),
+    "driver.unknown": ("warning", {"driver", "has_descriptor"}),
     "pool.over_maximum": ("warning", {"processes", "maximum", "server_max_connections"}),
 }
 

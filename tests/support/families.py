@@ -13,24 +13,24 @@ from pidpool.stats.snapshots import BOUNDS, ConnectionStats, Counters, FamilySta
 _NOTHING = Counters()
 
 
-class ToldPool(PidPool):
+class ReportingPool(PidPool):
     """Reports the family that it was given."""
 
-    told: Any = None
+    reported: Any = None
 
     def family_stats(self) -> FamilyStats:
-        told: FamilyStats = self.told() if callable(self.told) else self.told
-        return told
+        reported: FamilyStats = self.reported() if callable(self.reported) else self.reported
+        return reported
 
     def stats(self) -> PoolStats:
         return self.family_stats().processes[0]
 
 
-def telling(family: Any) -> Engine:
+def pool_reporting(family: Any) -> Engine:
     """Return an engine whose pool reports `family`, or what `family()` returns."""
-    engine = create_engine("sqlite://", poolclass=ToldPool)
-    assert isinstance(engine.pool, ToldPool)
-    engine.pool.told = family
+    engine = create_engine("sqlite://", poolclass=ReportingPool)
+    assert isinstance(engine.pool, ReportingPool)
+    engine.pool.reported = family
     return engine
 
 
@@ -85,6 +85,7 @@ def family(*processes: PoolStats, pool: str = "shop", **fields: Any) -> FamilySt
         "departed": 0,
         "unlisted": 0,
         "server_max_connections": 100,
+        "permits": sum(each.permits for each in processes),
         "counters": sum((each.counters for each in processes), _NOTHING),
         **fields,
     }

@@ -21,6 +21,15 @@ from waiting import until
 
 How = Literal["python", "c", "c with child hooks"]
 
+HOWS: list[How] = ["python", "c", "c with child hooks"]
+"""The ways to fork that this Python has."""
+
+if sys.version_info >= (3, 14):
+    # From 3.14 on, PyOS_AfterFork_Child unlocks the import lock that PyOS_BeforeFork has taken. Without the
+    # latter CPython ends the child of any application: "PyMutex_Unlock: unlocking mutex that is not locked".
+    # uWSGI's workers end so with `--py-call-osafterfork`; `--py-call-uwsgi-fork-hooks` has it call both.
+    HOWS.remove("c with child hooks")
+
 LIFE = 30.0
 """Seconds after which a child counts as hung: its stacks are dumped, then it is killed."""
 
@@ -86,6 +95,45 @@ def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", 
         raise ChildFailed(f"child {pid} raised:\n{value}")
     assert status == 0
     return value
+
+
+def run_on_both_sides(
+    function: Callable[[Callable[[], None]], Any], *, how: How = "python", life: float = LIFE
+) -> tuple[Any, Any]:
+    """Call `function(fork_once)`, which forks in its middle and goes on in both processes.
+
+    Return what it returned in this process and in the child; the latter has to be picklable.
+    """
+    parent, pids = os.getpid(), []
+    reader, writer = os.pipe()
+
+    def fork_once() -> None:
+        if not pids:
+            pids.append(fork(how))
+
+    try:
+        answer = True, function(fork_once)
+    except BaseException:
+        if os.getpid() == parent:
+            raise
+        answer = False, traceback.format_exc()
+    if os.getpid() != parent:
+        try:
+            os.write(writer, pickle.dumps(answer))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    childs, hung = _read_all(reader, time.monotonic() + life)
+    os.close(reader)
+    if hung:
+        os.kill(pids[0], signal.SIGKILL)
+    os.waitpid(pids[0], 0)
+    if hung or not childs:
+        raise ChildFailed(f"child {pids[0]} gave no answer, hung: {hung}")
+    succeeded, value = pickle.loads(childs)
+    if not succeeded:
+        raise ChildFailed(f"child {pids[0]} raised:\n{value}")
+    return answer[1], value
 
 
 def has_ended(pid: int) -> bool:

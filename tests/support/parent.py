@@ -57,13 +57,13 @@ class Parent:
         """Note that the test has used the connection in this process itself."""
         self._bytes = bytes_on_the_wire(self.fd)
 
-    def has_heard_nothing(self) -> None:
+    def has_had_no_traffic(self) -> None:
         """Check that no byte has passed on the connection, by whichever process."""
         assert bytes_on_the_wire(self.fd) == self._bytes
 
     def notices_nothing(self) -> None:
         """Check that the connection is as it was before the fork, and use it to the end."""
-        self.has_heard_nothing()
+        self.has_had_no_traffic()
         if self.connection is None:
             self.connection = self.engine.connect()
         else:

@@ -133,12 +133,12 @@ def test_each_help_ends_with_an_example_also_as_a_module(arguments: list[str], e
     assert last.strip().startswith(example)
 
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "reference" / "command-line.md").read_text()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_shell_completes_commands_as_the_readme_has_it(shell: str) -> None:
-    assert f"_PIDPOOL_COMPLETE={shell}_source pidpool" in README
+    assert f"_PIDPOOL_COMPLETE={shell}_source pidpool" in PAGE
     command = Path(sys.executable).with_name("pidpool")
 
     def answer(instruction: str, **environment: str) -> str:

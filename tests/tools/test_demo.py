@@ -20,8 +20,10 @@ from typing import Any
 import psutil
 import pytest
 from click.testing import CliRunner
+from forking import has_ended
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
+from waiting import until
 
 from pidpool.cli import demo
 from pidpool.tools.demo import failures, measuring, verdicts
@@ -31,7 +33,7 @@ from pidpool.tools.demo.verdicts import FAILURES
 
 COMMAND = [str(Path(sys.executable).with_name("pidpool")), "demo"]
 SECONDS = 110.0  # how long a run may take on a busy machine; half a minute is usual
-# What processes started for a test have in their environment, by which the test finds what is left.
+# A variable of every process that is started for a test, by which the test finds those that are left.
 MARK = "PIDPOOL_TEST_RUN"
 
 
@@ -52,10 +54,10 @@ def left_of(environment: dict[str, str]) -> list[psutil.Process]:
 
 
 def assert_nothing_is_left_of(environment: dict[str, str], *pids: int, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while left := [*left_of(environment), *(pid for pid in pids if psutil.pid_exists(pid))]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.02)
+    def left() -> list[psutil.Process | int]:
+        return [*left_of(environment), *(pid for pid in pids if psutil.pid_exists(pid))]
+
+    until(lambda: not left(), lambda: f"still there: {left()}", seconds, interval=0.02)
 
 
 def tables(url: str) -> list[str]:
@@ -149,8 +151,8 @@ def test_the_document_tells_what_was_measured_on_what(run: Any) -> None:
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(run: Any) -> None:
     lines = run[0].stderr.splitlines()
-    told = [line for line in lines if re.match(r"  \S.* (FAIL|ok) +\S", line)]
-    assert len(told) == len(FAILURES) * len(CONTENDERS)
+    shown = [line for line in lines if re.match(r"  \S.* (FAIL|ok) +\S", line)]
+    assert len(shown) == len(FAILURES) * len(CONTENDERS)
     assert [failure.title in lines for failure in FAILURES] == [True] * len(FAILURES)
     assert all(character.isprintable() for line in lines for character in line)
 
@@ -218,7 +220,7 @@ def test_a_url_that_does_not_work_ends_it_with_the_reason_and_no_password(url: s
 
 @pytest.fixture
 def default_signals() -> Iterator[None]:
-    """What runs in the background may ignore these, and a process that it starts would too."""
+    """A process in the background may ignore these signals; a process that it starts would too."""
     before = {
         each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGINT, signal.SIGHUP)
     }
@@ -287,14 +289,8 @@ def test_nothing_is_left_when_its_terminal_is_closed(environment: dict[str, str]
         seen += os.read(terminal, 65536)
     assert b"\x1b[" in seen  # the bar
     os.close(terminal)
-    status = None
-    deadline = time.monotonic() + 40
-    while status is None:
-        ended, code = os.waitpid(pid, os.WNOHANG)
-        status = code if ended else None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert status != 0
+    until(lambda: has_ended(pid), "it runs on without its terminal", 40)
+    assert os.waitpid(pid, 0)[1] != 0
     assert_nothing_is_left_of(environment)
 
 
@@ -360,10 +356,10 @@ def test_a_complaint_about_pidpool_makes_the_run_fail_unless_a_client_was_killed
 
 def test_what_others_survive_is_told_and_no_failure_of_pidpools() -> None:
     results = unharmed()
-    told = {(failure.name, contender.key) for failure, contender in results.unexpected()}
-    assert ("dropped_session", "events") in told
-    assert ("forked_with_threads", "queuepool") in told
-    assert ("forked_with_threads", "dispose") not in told  # recreate() makes new locks
+    shown = {(failure.name, contender.key) for failure, contender in results.unexpected()}
+    assert ("dropped_session", "events") in shown
+    assert ("forked_with_threads", "queuepool") in shown
+    assert ("forked_with_threads", "dispose") not in shown  # recreate() makes new locks
     assert results.clean
 
 
@@ -402,7 +398,7 @@ def test_where_its_own_server_can_not_run_it_points_to_database(
 
 
 def unharmed() -> measuring.Results:
-    """Results of four iterations in which nobody failed."""
+    """Results of four iterations in which no contender failed."""
     commits = {"tls": False, "commits": 4, "commits_reported": 4, "rows_present": 4, "error": None}
     each: dict[str, dict[str, Any]] = {
         "replaced_session": {"tls": True, "iterations": 4, "done": 4, "error": None},

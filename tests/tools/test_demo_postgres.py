@@ -27,6 +27,7 @@ import psycopg2
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
+from waiting import until
 
 from pidpool.tools.demo import postgres, supervisor
 from pidpool.tools.demo.postgres import BINARIES_VARIABLE, EmbeddedPostgres, EmbeddedPostgresError
@@ -35,15 +36,6 @@ ROOT = os.geteuid() == 0
 SECONDS = 20.0  # how long anything here may take, on a slow machine
 # /proc/sysvipc/shm: the columns are key shmid perms size cpid ...
 SHARED_MEMORY = Path("/proc/sysvipc/shm")
-
-
-def until(condition: Callable[[], object], seconds: float = SECONDS) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def processes_in(directory: str | Path) -> list[str]:
@@ -387,10 +379,16 @@ def test_harm_is_a_complaint(
 ) -> None:
     mark = server.log_mark()
     harm(server)
-    assert until(lambda: any(words in line for line in server.complaints(since=mark))), server.log_since(mark)
+    until(
+        lambda: any(words in line for line in server.complaints(since=mark)),
+        lambda: server.log_since(mark),
+        SECONDS,
+    )
     # The server restarts after the death of one of its processes; the next test needs it.
-    assert until(
-        lambda: "ready to accept" in server.log_since(mark) or "signal 9" not in server.log_since(mark)
+    until(
+        lambda: "ready to accept" in server.log_since(mark) or "signal 9" not in server.log_since(mark),
+        "it does not recover",
+        SECONDS,
     )
 
 
@@ -405,7 +403,11 @@ def test_harmless_events_are_no_complaints(server: EmbeddedPostgres) -> None:
         with other.cursor() as cursor, pytest.raises(psycopg2.Error):
             cursor.execute("SELECT 'LOG SSL error, unexpected EOF, Broken pipe' FROM there_is_no_such_table")
         other.close()  # in a failed transaction
-    assert until(lambda: server.log_since(mark).count("due to administrator command") == 2)
+    until(
+        lambda: server.log_since(mark).count("due to administrator command") == 2,
+        lambda: server.log_since(mark),
+        SECONDS,
+    )
     assert server.complaints(since=mark) == []
 
 
@@ -619,7 +621,7 @@ def test_nothing_is_left_when_the_owner_is_killed(room: Path, number: signal.Sig
     with owner(WAIT) as one:
         one.process.send_signal(number)
         assert one.end() == -number
-        assert until(lambda: one.left() == []), one.left()
+        until(lambda: one.left() == [], lambda: f"left: {one.left()}", SECONDS)
 
 
 def test_ctrl_c_reaches_the_owner_and_not_the_server(room: Path) -> None:
@@ -644,10 +646,10 @@ def test_children_that_outlive_a_killed_owner_keep_nothing_alive(room: Path) -> 
     program = WAIT.replace("time.sleep", "os.fork(); time.sleep")
     with owner(program) as one:
         children = Path(f"/proc/{one.process.pid}/task/{one.process.pid}/children")
-        assert until(children.read_text)
+        until(children.read_text, "it has no child", SECONDS)
         one.process.kill()
         assert one.process.wait(SECONDS) == -signal.SIGKILL
-        assert until(lambda: one.left() == []), one.left()
+        until(lambda: one.left() == [], lambda: f"left: {one.left()}", SECONDS)
 
 
 def test_nothing_is_left_when_the_owner_is_killed_while_it_starts(room: Path) -> None:
@@ -661,11 +663,12 @@ def test_nothing_is_left_when_the_owner_is_killed_while_it_starts(room: Path) ->
     ):
         process = subprocess.Popen([sys.executable, "-c", OWNER + WAIT], stdout=subprocess.DEVNULL)
         pattern = f"{supervisor.PREFIX}*/{sign}"
-        seen = until(lambda pattern=pattern: list(room.glob(pattern)))  # type: ignore[misc]
-        process.kill()
-        process.wait(SECONDS)
-        assert seen, sign
-        assert until(lambda: not [*room.iterdir(), *processes_in(room)]), sign
+        try:
+            until(lambda pattern=pattern: [*room.glob(pattern)], f"no {pattern}", SECONDS)  # type: ignore[misc]
+        finally:
+            process.kill()
+            process.wait(SECONDS)
+        until(lambda: not [*room.iterdir(), *processes_in(room)], f"left after {sign}", SECONDS)
 
 
 def test_a_killed_supervisor_takes_the_server_with_it_and_stop_clears_up(room: Path) -> None:
@@ -675,7 +678,7 @@ def test_a_killed_supervisor_takes_the_server_with_it_and_stop_clears_up(room: P
     postmaster, directory = server.pid, server.directory
     assert server._server is not None
     os.kill(server._server.supervisor, signal.SIGKILL)
-    assert until(lambda: not processes_in(directory))
+    until(lambda: not processes_in(directory), lambda: f"left: {processes_in(directory)}", SECONDS)
     assert not running(postmaster)
     assert directory.exists()  # for its log
     server.stop()
@@ -697,11 +700,15 @@ def test_a_killed_server_leaves_no_process_and_no_shared_memory(room: Path) -> N
         statement = (
             "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%generate_series(%'"
         )
-        assert until(lambda: query(server.url(), statement + " AND pid <> pg_backend_pid()") == 1)
+        until(
+            lambda: query(server.url(), statement + " AND pid <> pg_backend_pid()") == 1,
+            "the query does not run",
+            SECONDS,
+        )
         pid, directory = server.pid, server.directory
         assert shared_memory_of(pid)
         os.kill(pid, signal.SIGKILL)
-        assert until(lambda: not running(pid))
+        until(lambda: not running(pid), f"{pid} runs on", SECONDS)
         assert "ready to accept connections" in server.log  # stays readable until the owner stops the server
     busy.join(SECONDS)
     assert not busy.is_alive()

@@ -261,8 +261,15 @@ def test_every_kind_of_event_is_understood(postgres: EmbeddedPostgres, clean_log
     """
     event_logs.run(program, log, postgres.url(tls=True))
     known = {each["event"] for each in event_logs.read(log)}
-    # Those take a refusal, a small server, or a family of several processes.
-    not_here = {"connection.refused", "pool.over_maximum", "connection.given_back", "family.private"}
+    # Those take a refusal, a small server, a family of several processes, or another driver.
+    not_here = {
+        "connection.refused",
+        "pool.over_maximum",
+        "connection.given_back",
+        "driver.unknown",
+        "family.private",
+        "family.limits_differ",
+    }
     assert known == summary.Summary()._takes.keys() - not_here
     found = as_json(log)
     assert found["foreign_lines"] == 0
@@ -287,7 +294,7 @@ def test_the_fields_of_every_event_method_are_the_listed_ones() -> None:
     methods = {
         name.replace("_", ".", 1): name
         for name, _ in inspect.getmembers(PoolEvents, inspect.isfunction)
-        if name.partition("_")[0] in ("connection", "checkout", "pool", "family")
+        if name.partition("_")[0] in ("connection", "checkout", "pool", "family", "driver")
     }
     assert methods.keys() == Summary()._takes.keys()
     written: dict[str, dict[str, object]] = {}
@@ -329,7 +336,7 @@ def test_a_pool_that_may_have_more_connections_than_its_server_takes_is_named(lo
     write(log, [*a_log_of(10), event("pool.over_maximum", 10, 3, **over)])
     assert as_json(log)["over_maximum"] == [{"at": AT + 3, "process": "10", "pool": "app", **over}]
     shown = logs(log).output
-    assert "app: 4 processes, 60 connections at most; the server takes 40" in shown
+    assert "app: 4 processes, 60 connections at most; the server allows 40" in shown
     (line,) = followed_lines([event("pool.over_maximum", 10, 3, **over)])
     assert "pool.over_maximum  processes=4  maximum=60  server_max_connections=40" in line
 

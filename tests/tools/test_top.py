@@ -64,7 +64,13 @@ CHILD = Counters(
 
 def family(*processes: PoolStats, taken_at: float = 1_000_300.0, **fields: Any) -> FamilyStats:
     counters = sum((each.counters for each in processes), Counters())
-    defaults = {"departed": 0, "unlisted": 0, "server_max_connections": 300, "counters": counters}
+    defaults: dict[str, Any] = {
+        "departed": 0,
+        "unlisted": 0,
+        "server_max_connections": 300,
+        "counters": counters,
+    }
+    defaults["permits"] = sum(each.permits for each in processes)
     return FamilyStats(pool="orders", taken_at=taken_at, processes=processes, **{**defaults, **fields})
 
 
@@ -150,7 +156,7 @@ def test_a_family_in_80_columns(endpoint: Endpoint) -> None:
     shown = lines(run(endpoint.url))
     assert shown == [
         "pool orders  4 running, 1 ended",
-        "  connections  4 idle, 4 used, 2 waiting; at most 60 of the server's 300",
+        "  connections  4 idle, 4 used, 2 waiting; at most 60; the server allows 300",
         f"  checkouts    45 so far, 8 opened, 0 timed out; p99 wait {WAIT}, use –",
         "  inherited    3 by 0 forks: 2 idle, 1 in transaction",
         "  of them      3 severed, 0 kept, 4 replaced, 6 refused",
@@ -192,7 +198,7 @@ def test_a_family_that_may_open_more_than_the_server_takes(endpoint: Endpoint) -
     endpoint.body = document(dataclasses.replace(FAMILY, server_max_connections=50, unlisted=3))
     shown = lines(run(endpoint.url))
     assert shown[0].endswith("3 more found no room in the family's memory")
-    assert shown[1].endswith("at most 60, more than the server's 50")
+    assert shown[1].endswith("at most 60; the server allows only 50")
     endpoint.body = document(family(process(1, max_overflow=-1), server_max_connections=None))
     assert lines(run(endpoint.url))[1].endswith("0 waiting; without limit")
 
@@ -201,7 +207,7 @@ def test_a_family_with_a_limit(endpoint: Endpoint) -> None:
     counters = Counters(closed={"given back": 7})
     endpoint.body = document(family(process(1, permits=12, wanting=3, counters=counters), limit=12))
     shown = lines(run(endpoint.url))
-    assert shown[1].endswith("at most 12 of the server's 300")
+    assert shown[1].endswith("at most 12; the server allows 300")
     assert shown[2] == "  family limit  12 of 12 taken, 3 wanted, 7 given back"
 
 

@@ -40,7 +40,7 @@ class StatsApp:
     It is a WSGI application itself, and its `asgi` is one for ASGI 3; `mount` puts it beside a WSGI
     application of any framework. All links on its page are relative, so any prefix will do.
 
-    ========== =============================================================================
+    ================ =========================================================================
     ``/``            a page for people: the family as a tree, live
     ``/stats.json``  the same in numbers: ``{"answered_by": pid, "bounds": [...],
                      "open_states": [...], "pools": [...]}``: each pool as
@@ -48,7 +48,7 @@ class StatsApp:
                      fork that count as leaks
     ``/metrics``     for Prometheus, in its own format or OpenMetrics, as the scraper asks
     ``/healthz``     ``ok``, for every client: neither host nor token is checked
-    ========== =============================================================================
+    ================ =========================================================================
 
     Every process of a family answers for the whole family. A family is the process that made the
     engine and all its forks after that: workers that each make an engine of their own (gunicorn without

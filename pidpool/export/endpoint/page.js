@@ -285,7 +285,7 @@ function showProcess(element, process, pool) {
 
 function historyOf(counters) {
   const inherited = Object.entries(counters.inherited).filter(([, count]) => count);
-  const parts = [[counters.checkouts, "checkouts"], [counters.opened, "opened"], [counters.timeouts, "timeouts"],
+  const parts = [[counters.checkouts, "checkouts"], [counters.opened, "opened"], [counters.timeouts, "timed out"],
     [counters.overdue, "overdue"],
     [counters.invalidations, "invalidated"], [counters.forks, "forks"], [counters.severed, "severed"],
     [counters.closed["given back"] ?? 0, "given back"], [counters.kept, "kept"], [counters.replaced, "replaced"], [counters.refused, "refused"]]

@@ -15,8 +15,9 @@ PIDPOOL = frozenset(
         *("size", "overflow", "checked_out", "held", "hold_warning", "where", "forked_at"),
         *("idle", "in_transaction", "state", "action", "by", "by_server_pid"),
         *("parent_pid", "trigger", "connects_in_flight", "closed"),
-        *("processes", "maximum", "server_max_connections", "family"),
+        *("processes", "maximum", "server_max_connections", "family", "driver", "has_descriptor"),
         *("family_limit", "family_used", "family_idle", "family_wanting", "holders"),
+        *("other_limit", "other_pid"),
     ]
 )
 """The fields that the methods of `PoolEvents` write; tests/tools/test_logs.py compares the two."""

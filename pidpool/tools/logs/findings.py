@@ -114,7 +114,7 @@ class Timeout(NamedTuple):
 
 
 class OverMaximum(NamedTuple):
-    """A pool whose processes may have more connections than their server takes."""
+    """A pool whose processes may have more connections than their server allows."""
 
     at: float
     process: Process

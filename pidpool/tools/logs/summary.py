@@ -96,6 +96,8 @@ class Summary:
             "pool.disposed": self._disposed,
             "pool.over_maximum": self._over_maximum,
             "family.private": self._noted,
+            "family.limits_differ": self._noted,
+            "driver.unknown": self._noted,
         }
 
     @property
@@ -428,6 +430,7 @@ NOTABLE = frozenset(
         "pool.forked",
         "pool.adopted",
         "pool.over_maximum",
+        "driver.unknown",
     ]
 )
 """Events that are worth a line while a log is followed."""

@@ -340,12 +340,12 @@ def _print_timeouts(console: Console, summary: Summary, top: int) -> None:
 def _print_over_maximum(console: Console, summary: Summary, top: int) -> None:
     if not summary.over_maximum:
         return
-    _heading(console, "Processes that may have more connections than their server takes", _WARN)
+    _heading(console, "Processes that may have more connections than their server allows", _WARN)
     for each in list(summary.over_maximum)[-top:]:
         text = Text.assemble(
             (clock(each.at, summary.first_at), _FAINT),
             f"  {each.pool}: {_or_unknown(each.processes)} processes, {_or_unknown(each.maximum)} "
-            f"connections at most; the server takes {_or_unknown(each.server_max_connections)}",
+            f"connections at most; the server allows {_or_unknown(each.server_max_connections)}",
         )
         _indented(console, text)
     _print_rest(console, len(summary.over_maximum) - top)
@@ -397,6 +397,7 @@ _SHOWN: Mapping[str, Iterable[str]] = {
     "pool.forked": ("idle", "checked_out", "in_transaction", "forked_at"),
     "pool.adopted": ("parent_pid", "trigger", "idle", "checked_out", "in_transaction", "forked_at"),
     "pool.over_maximum": ("processes", "maximum", "server_max_connections"),
+    "driver.unknown": ("driver", "has_descriptor"),
 }
 
 

@@ -1,0 +1,86 @@
+"""The pages of the documentation, as tests read them: their programs, files, commands and tables.
+
+In a page a fenced block is one of these:
+
+``sh``       commands to try, one a line: `pip`, `make` or `pidpool`
+``console``  commands after ``$ ``, each followed by what it prints; ``...`` stands for anything
+``python``   a program, or a file if its first line is ``# name.py``
+anything     a file if its first line is a comment with its name
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+
+URL = "postgresql+psycopg2://app@127.0.0.1/app"
+"""The database of every page's programs."""
+
+_BLOCK = re.compile(r"^```([\w-]+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_FILE = re.compile(r"(?:#|;|//|--) ([\w./-]+\.\w+)\n")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of a transcript, and the lines that it prints."""
+
+    command: str
+    output: str
+
+    def prints(self, output: str) -> bool:
+        """Whether this is what the page shows."""
+        pattern = re.escape(self.output.rstrip("\n")).replace(re.escape("..."), ".*")
+        return re.fullmatch(pattern, output.rstrip("\n"), re.DOTALL) is not None
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the blocks of one language, in their order."""
+    return [text for name, text in _BLOCK.findall(page.read_text()) if name == language]
+
+
+def files(page: Path) -> dict[str, str]:
+    """Return the files that a page has its reader write."""
+    found = {}
+    for _, text in _BLOCK.findall(page.read_text()):
+        named = _FILE.match(text)
+        if named:
+            found[named[1]] = text
+    return found
+
+
+def programs(page: Path) -> list[str]:
+    """Return the programs that run by themselves."""
+    return [text for text in blocks(page, "python") if not _FILE.match(text)]
+
+
+def commands(page: Path) -> list[str]:
+    """Return the commands to try."""
+    return [line for block in blocks(page, "sh") for line in block.splitlines()]
+
+
+def steps(page: Path) -> list[Step]:
+    """Return a page's transcript."""
+    found: list[Step] = []
+    for block in blocks(page, "console"):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE):
+            if part:
+                command, _, output = part.partition("\n")
+                found.append(Step(command, output))
+    return found
+
+
+def table(page: Path, heading: str) -> Iterator[list[str]]:
+    """Return the rows of the table that begins so, as their cells."""
+    text = page.read_text()
+    rows = text[text.index(heading) :].splitlines()
+    for row in rows[2:]:
+        if not row.startswith("|"):
+            return
+        yield [cell.strip() for cell in row.strip("|").split(" | ")]
