@@ -324,19 +324,20 @@ def interrupt(
 
 
 def harm(
-    make: Callable[..., Any], operation: str, *, every_variant: bool, most: int | None = None
+    make: Callable[..., Any], operation: str, *, every_variant: bool, step: int = 1, most: int | None = None
 ) -> tuple[int, dict[int, list[str]]]:
     """Interrupt an operation at each bytecode; return their number, and what each harmful one did.
 
     :param every_variant: whether to do it with each of the variants, not with one after the other.
+    :param step: 1 for each bytecode, 2 for each second one.
     :param most: the number of harmful bytecodes that are enough.
     """
     for _ in range(2):  # the first time something is imported, or made once
         executed = interrupt(make, operation, None, Interrupt, False)[0].executed
     found: dict[int, list[str]] = {}
-    for at in itertools.count(1):
+    for turn, at in enumerate(itertools.count(1, step)):
         is_over = False
-        for error, keeps in VARIANTS if every_variant else VARIANTS[at % len(VARIANTS) :][:1]:
+        for error, keeps in VARIANTS if every_variant else VARIANTS[turn % len(VARIANTS) :][:1]:
             interrupter, wrong = interrupt(make, operation, at, error, keeps)
             is_over = interrupter.where is None
             if wrong and not is_over:
@@ -367,6 +368,7 @@ def main() -> None:
     parser.add_argument("pool", nargs="?", choices=POOLS)
     parser.add_argument("--only", choices=OPERATIONS, nargs="*", help="operations")
     parser.add_argument("--every", action="store_true", help="each error, kept and dropped, at each bytecode")
+    parser.add_argument("--step", type=int, default=1, help="1 for each bytecode, 2 for each second one")
     parser.add_argument("--most", type=int, help="so many harmful bytecodes of an operation are enough")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
@@ -378,7 +380,13 @@ def main() -> None:
         print(f"{'interrupted at each bytecode of':32}" + "".join(f"{name:>20}" for name in pools))
     for operation in operations:
         for name in pools:
-            executed, found = harm(POOLS[name], operation, every_variant=arguments.every, most=arguments.most)
+            executed, found = harm(
+                POOLS[name],
+                operation,
+                every_variant=arguments.every,
+                step=arguments.step,
+                most=arguments.most,
+            )
             table[name][operation] = {"bytecodes": executed, "harmful": found}
         if not arguments.pool:
             cells = (table[name][operation] for name in pools)
