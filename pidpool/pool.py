@@ -189,7 +189,7 @@ class PidPool(ClosingQueuePool):
         started = time.perf_counter_ns()
         # No local variable has the checkout: the frame of an interrupted call lives on in the traceback.
         try:
-            return check_out(self, started)
+            return check_out(self, started, thread)
         except BaseException as error:
             let_go_of_frames(error)
             if isinstance(error, exc.TimeoutError):

@@ -319,8 +319,10 @@ def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
     return cast(CheckedOutConnection, _ConnectionFairy._checkout(pool, None, ours))
 
 
-check_out: Callable[[Any, int], CheckedOutConnection] = copies.make_check_out(
+check_out: Callable[[Any, int, int], CheckedOutConnection] = copies.make_check_out(
     CheckedOutConnection, _check_out_by_sqlalchemy
 )
-"""``check_out(pool, started)`` returns a new `CheckedOutConnection`, after pre-ping and checkout events, and
-counts it. It may wait for `pool_timeout` seconds; `started` is the `time.perf_counter_ns()` of the call."""
+"""``check_out(pool, started, thread)`` returns a new `CheckedOutConnection`, after pre-ping and checkout
+events, and counts it. It may wait for `pool_timeout` seconds.
+
+``started`` is the `time.perf_counter_ns()` of the call, ``thread`` the calling thread."""

@@ -9,7 +9,6 @@ sqlalchemy/pool/base.py.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -37,7 +36,9 @@ def init_checkout(self: Any, pool: Any, dbapi_connection: Any, record: Any, echo
     record.fairy_ref = weakref.ref(self)
 
 
-def make_check_out(checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
+def make_check_out(
+    checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]
+) -> Callable[[Any, int, int], Any]:
     """Return the function that checks a connection out: `_ConnectionRecord.checkout`, and its counting.
 
     :param checkout_class: the class of the checkouts.
@@ -48,7 +49,7 @@ def make_check_out(checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]) -> 
     their_checkout = entry_class["checkout"] if USED else None
     debug = logging.DEBUG
 
-    def check_out(pool: Any, started: int) -> Any:
+    def check_out(pool: Any, started: int, thread: int) -> Any:
         if entry_class["checkout"] is not their_checkout:
             checkout = by_sqlalchemy(pool)
         else:
@@ -65,7 +66,7 @@ def make_check_out(checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]) -> 
                     dbapi_connection = entry.get_connection()
                 except ForkedWhileOpening as forked:
                     forked.__traceback__ = None
-                    return check_out(pool, started)
+                    return check_out(pool, started, thread)
                 except BaseException as error:
                     entry._checkin_failed(error, _fairy_was_created=False)
                     raise
@@ -84,12 +85,13 @@ def make_check_out(checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]) -> 
         now = time.perf_counter_ns()
         waited = now - started
         bucket = (waited >> 10).bit_length()  # process_counters.bucket(), without the call
-        thread = threading.get_ident()
         # After the last call, which a signal handler may follow that forks: no count is another process's.
         if fork_state[0] == FORKED:
             detection.notice_fork()
         if entry.members is not pool.members and not pool.takes(entry):
-            return check_out(pool, started)  # this is the child: entry and connection are its parent's
+            return check_out(
+                pool, started, thread
+            )  # this is the child: entry and connection are its parent's
         entry.out_since = now
         slot = entry.slot
         slot[WAIT + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += 1
