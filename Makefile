@@ -15,7 +15,7 @@ VERSIONS_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
-SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py \
+SOAK ?= tests/pool/test_interrupts.py tests/forks/test_within_operations.py tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py \
         tests/forks/test_transfers.py tests/hosts/test_hosts.py -k 'eight or storm or many or rows'
 
 # Each has a virtual environment of its own, since their pins conflict.
