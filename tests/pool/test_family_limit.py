@@ -197,20 +197,34 @@ def test_a_connect_event_that_fails_gives_its_permit_back(tls_url: str, make_eng
     assert permits(engine.pool) == 1  # type: ignore[arg-type]
 
 
-def test_a_creator_that_forks_leaves_the_child_with_a_permit_of_its_own() -> None:
+@pytest.mark.parametrize("when", ["at first", "to reconnect"])
+def test_a_creator_that_forks_leaves_the_child_with_a_permit_of_its_own(when: str) -> None:
+    """And with one connection: the one that was opened for the parent's entry is closed."""
     forked: list[int] = []
+    opened: list[OneOfMany] = []
+
+    class OneOfMany(Connection):
+        is_open = True
+
+        def close(self) -> None:
+            self.is_open = False
 
     def create() -> Connection:
-        if not forked:
+        if not forked and (when == "at first" or opened):
             forked.append(os.fork())
-        return Connection()
+        opened.append(OneOfMany())
+        return opened[-1]
 
-    pool = PidPool(create, family_limit=2, timeout=1)
+    pool = PidPool(create, family_limit=2, timeout=10)
+    if when == "to reconnect":
+        pool.connect().invalidate()
+        assert permits(pool) == 0
     connection = pool.connect()
+    found = permits(pool), sum(each.is_open for each in opened), pool.checkedout()
     if forked == [0]:
-        os._exit(0 if permits(pool) == 1 else 1)
+        os._exit(0 if found == (1, 1, 1) else 1)
     assert os.waitpid(forked[0], 0)[1] == 0
-    assert permits(pool) == 1
+    assert found == (1, 1, 1)
     connection.close()
 
 
