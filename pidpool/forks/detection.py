@@ -196,7 +196,7 @@ _notice_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unuse
 
 def notice_fork() -> None:
     """Deal with a fork, if there was one and it was not dealt with yet. Never blocks for long, never logs."""
-    global _pid, _gate
+    global _pid, _gate, _has_dead_threads
     was_hooked = _hooked_pid == os.getpid()
     at = _hooked_at if was_hooked else time.time()
     # A lock of this process's own: a fork may have copied any other one in a locked state.
@@ -214,6 +214,7 @@ def notice_fork() -> None:
             for callback in _child_callbacks:
                 callback(fork)
             if not was_hooked:
+                _has_dead_threads = True
                 log_locks.renew(in_hook=False)
             openssl.note_child(is_alone)
             _pid = noticed_pid[0] = os.getpid()
@@ -238,8 +239,15 @@ _hooked_at = 0.0
 _hooked_alone = False
 
 
+_has_dead_threads = False
+"""Whether this process was forked in C, without what CPython does after a fork. It may have the states of its
+parent's threads then, on whose stacks its own new threads run."""
+
+
 def _is_alone() -> bool:
     """Return whether the calling thread is the only one that runs Python code in this process."""
+    if _has_dead_threads:  # to look for their frames crashes: see tests/forks/test_grandchildren.py
+        return False
     # Threads that were started in C are counted too; threading.active_count() has not met them. Greenlets of
     # gevent and eventlet are not, and may be in the middle of something as threads are.
     return len(sys._current_frames()) == 1 and not ("gevent" in sys.modules or "eventlet" in sys.modules)
@@ -272,8 +280,9 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _forks_alone, _hooked_pid, _hooked_at, _hooked_alone
+    global _forks_alone, _hooked_pid, _hooked_at, _hooked_alone, _has_dead_threads
     _hooked_pid, _hooked_at, _hooked_alone = os.getpid(), time.time(), _forks_alone
+    _has_dead_threads = False  # CPython has removed them
     can_wait = True
     for callback in _hook_callbacks:
         can_wait = callback(_forks_alone) and can_wait

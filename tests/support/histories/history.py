@@ -296,7 +296,11 @@ class History:
                     session.is_left_in_transaction = False
                 self._end_transaction(s)
         else:
-            self._judge(self._ask(p, thread, do="commit", slot=slot), {OK})
+            # The parent's thread may have been about to begin a transaction, or to end one.
+            expected = {OK, FOREIGN} if s.inherited == "any" else {OK}
+            outcome = self._judge(answer := self._ask(p, thread, do="commit", slot=slot), expected)
+            if outcome != OK:
+                self._failed_use(s, answer, outcome)
 
     @_step
     def rollback(self, process: str, slot: str, thread: str = "main") -> None:

@@ -331,10 +331,16 @@ class HistoryProcess:
     # -- commands: processes and threads
 
     def do_thread(self, name: str) -> None:
+        pid = os.getpid()
+
         def run() -> None:
-            with contextlib.suppress(Ended):
-                self.join(name)
-                self.serve()
+            try:
+                with contextlib.suppress(Ended, SystemExit):
+                    self.join(name)
+                    self.serve()
+            finally:
+                if os.getpid() != pid:
+                    os._exit(0)  # a child: if it has other threads it would not end with this one
 
         threading.Thread(target=run, name=name, daemon=True).start()
 
