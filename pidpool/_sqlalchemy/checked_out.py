@@ -255,8 +255,8 @@ def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
     if not contract.FINALIZER_TAKES_REFERENCE:
         theirs._finalizer.detach()
     entry = theirs._connection_record
-    if entry.inherited and theirs.dbapi_connection is entry.dbapi_connection:
-        return _check_out_by_sqlalchemy(pool)  # a connect listener has forked, and this is the child
+    if theirs.dbapi_connection is entry.dbapi_connection and pool.is_parents(entry):
+        return _check_out_by_sqlalchemy(pool)
     # In a child forked in the lines above, the entry has the stand-in for the connection that theirs has.
     connection = entry.dbapi_connection if entry.inherited else theirs.dbapi_connection
     ours = CheckedOutConnection(pool, connection, entry, theirs._echo)

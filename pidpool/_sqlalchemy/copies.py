@@ -61,7 +61,7 @@ def make_check_out(checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]) -> 
             except BaseException as error:
                 entry._checkin_failed(error, _fairy_was_created=False)
                 raise
-            if entry.inherited:  # a connect listener has forked, and this is the child
+            if pool.is_parents(entry):
                 return check_out(pool)
         echo = pool.logger.isEnabledFor(debug)
         if echo:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, cast
 
 from sqlalchemy import exc
@@ -188,9 +189,9 @@ class HookedQueuePool(QueuePool):
             if self._inc_overflow():
                 try:
                     entry = self._create_connection()
-                    if not cast(PidPoolEntry, entry).inherited:
+                    if not self.is_parents(entry):
                         return entry
-                    continue  # a connect listener has forked: this is the child, and the entry its parent's
+                    continue
                 except BaseException:
                     if counters is self.pool_events.counters:  # otherwise it was counted in the parent
                         self._dec_overflow()
@@ -202,6 +203,16 @@ class HookedQueuePool(QueuePool):
                     pass
             if self._overflow >= self._max_overflow:
                 raise self._timed_out()
+
+    def is_parents(self, entry: Any) -> bool:
+        """Return whether the entry is the parent's: this is a child that was forked while it was opened.
+
+        A connect listener has forked, or the creator. Then the connection may be this process's own already;
+        its entry is not counted here, so the connection is closed.
+        """
+        if entry.inherited and not isinstance(entry.dbapi_connection, (DisownedConnection, NoneType)):
+            self._close_connection(entry.dbapi_connection)
+        return bool(entry.inherited)
 
     def _timed_out(self, reason: str | None = None) -> exc.TimeoutError:
         timeout = "" if self._timeout is None else f", timeout {self._timeout:0.2f}"
@@ -221,9 +232,9 @@ class HookedQueuePool(QueuePool):
                         permit = wait.take_permit(self.pool_events.budget)
                         if permit is not None or self.pool_events.budget is None:
                             entry = self._create_connection(permit)
-                            if not cast(PidPoolEntry, entry).inherited:
+                            if not self.is_parents(entry):
                                 return entry
-                            continue  # as in `_do_get`
+                            continue
                     except BaseException:
                         if counters is self.pool_events.counters:
                             self._dec_overflow()

@@ -48,6 +48,11 @@ _WITHOUT_DESCRIPTOR = ("mysqlconnector",)
 _UNKNOWN = Driver()
 
 
+def under_adapter(connection: object) -> object:
+    """Return the driver's connection under SQLAlchemy's adapter for asyncio; None without an adapter."""
+    return connection.driver_connection if isinstance(connection, AdaptedConnection) else None
+
+
 def driver_of(connection: object) -> Driver:
     """Return the driver of a connection, recognised by the package that its class or a base of it is from."""
     known = _KNOWN

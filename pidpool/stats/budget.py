@@ -16,7 +16,7 @@ import time
 from typing import Protocol
 
 from pidpool.stats.bell import Bell
-from pidpool.stats.process_counters import ENDED, PERMITS, PID, WANTING, ProcessCounters
+from pidpool.stats.process_counters import ENDED, PERMITS, WANTING, ProcessCounters
 from pidpool.stats.robust_lock import RobustLock
 
 # -- the budget's cells in the head of a family's memory
@@ -215,7 +215,10 @@ class Budget:
         return self._head[NEEDED_UNTIL] > time.perf_counter_ns() and len(self.held) > self.share()
 
     def wanting(self) -> int:
-        """Return how many threads of other processes want a permit, as far as they run."""
-        return sum(
-            block[WANTING] for block in self._family.blocks() if not block[ENDED] and block[PID] != self._pid
-        )
+        """Return how many threads of the family want a permit, as far as their processes run.
+
+        Those of this process too: they may wait in another pool of the family, such as the successor of one
+        that was disposed of (tests/pool/test_family_limit.py::test_pools_of_one_process_give_back_too). A
+        thread that waits in the pool that asks takes what is idle there itself.
+        """
+        return sum(block[WANTING] for block in self._family.blocks() if not block[ENDED])
