@@ -19,8 +19,9 @@ SOAK ?= tests/pool/test_interrupts.py tests/forks/test_within_operations.py test
         tests/forks/test_transfers.py tests/hosts/test_hosts.py -k 'eight or storm or many or rows'
 
 # Each has a virtual environment of its own, since their pins conflict.
-APPLICATIONS ?= optuna airflow
+APPLICATIONS ?= optuna airflow mlflow
 airflow := apache-airflow-core apache-airflow-providers-standard asyncpg
+mlflow := 'mlflow>=3'
 optuna := 'optuna>=4'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
