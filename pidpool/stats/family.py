@@ -322,6 +322,7 @@ class Family:
 
     def read_own(self, own: ProcessCounters, name: str) -> PoolStats:
         """Return a snapshot of this process."""
+        own.make_good()
         cells = process_counters.copy_block(own.cells).tolist()
         sums = process_counters.sum_slots(cells)
         return self._process_stats(cells, sums, name, self.error_types.names(), alive=True)

@@ -59,6 +59,15 @@ def child(function: Callable[[Callable[[], None]], Any]) -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def permits(pool: PidPool) -> int:
     """Return the permits of this process, as its cell has them."""
     return int(pool.pool_events.counters.cells[PERMITS])
@@ -476,6 +485,22 @@ def test_more_busy_processes_than_the_limit_take_turns() -> None:
 
         until(all_progress, "a process starves")
         assert pool.family_stats().counters.timeouts == 0
+
+
+def test_pools_of_one_process_give_back_too() -> None:
+    """One that was disposed of while a connection was checked out, and another engine's of the family."""
+    with collector_paused():
+        pool = PidPool(Connection, family_limit=1, timeout=10, family=f"of-one-process-{os.getpid()}")
+        checkout = pool.connect()
+        pool.dispose()
+        successor = pool.recreate()
+        checkout.close()  # into the pool that it came from, which is there until it is collected
+        successor.connect().close()
+        another = PidPool(Connection, family_limit=1, timeout=10, family=pool.pool_events.family.name)
+        another.connect().close()
+        successor.connect().close()
+    successor.dispose()
+    another.dispose()
 
 
 def test_a_reconnecting_entry_does_not_starve_behind_its_own_process() -> None:

@@ -7,6 +7,7 @@ is read in the memory of the family that its database URL names.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 ROOT = Path(__file__).parents[2]
 
+_numbers = itertools.count()
+
 
 class Application:
     def __init__(self, name: str, pool: str, postgres: EmbeddedPostgres, directory: Path) -> None:
@@ -34,12 +37,13 @@ class Application:
         self.log = directory / "log"
         self.bin = ROOT / f".venv-{name}" / "bin"
         assert self.bin.exists(), f"{self.bin} is missing: make test-applications makes it"
+        database = f"{name}_{pool}_{next(_numbers)}"
         with create_engine(
             postgres.url(), poolclass=NullPool, isolation_level="AUTOCOMMIT"
         ).connect() as admin:
-            admin.execute(text(f"create database {directory.name}"))
+            admin.execute(text(f"create database {database}"))
         self.mark = postgres.log_mark()
-        self.address = make_url(postgres.url(tls=True)).set(database=directory.name)
+        self.address = make_url(postgres.url(tls=True)).set(database=database)
         self.families = directory / "families"
         self.families.mkdir(mode=0o700)
         self.environment = {
