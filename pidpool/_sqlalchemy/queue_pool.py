@@ -38,6 +38,9 @@ class HookedQueuePool(QueuePool):
     # DEBUG lines show the driver's repr of a connection, DSN included.
     _sqla_logger_namespace = "sqlalchemy.pool.impl.PidPool"
 
+    # Not in the instance's dict, which SQLAlchemy's own tests compare with that of a recreated pool.
+    __slots__ = ("members",)
+
     _queue_class: Any = IdleQueue
 
     pool_events: PoolEvents
