@@ -23,6 +23,9 @@ class Checkout(Protocol):
     held_connection: Any
     """The driver's connection, or the stand-in for it; read without asking which process this is."""
 
+    has_streamed: bool
+    """Whether a cursor of it may still ask the server for rows, past all doors of the pool."""
+
     @property
     def dbapi_connection(self) -> Any: ...
 
