@@ -15,13 +15,14 @@ VERSIONS_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
-SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py \
-        tests/forks/test_transfers.py tests/hosts/test_hosts.py tests/histories/test_histories.py \
-        -k 'eight or storm or many or rows'
+SOAK ?= tests/pool/test_interrupts.py tests/forks/test_within_operations.py tests/forks/test_log_locks.py \
+        tests/stats/test_family.py tests/forks/test_many_forks.py tests/forks/test_transfers.py \
+        tests/hosts/test_hosts.py tests/histories/test_histories.py -k 'eight or storm or many or rows'
 
 # Each has a virtual environment of its own, since their pins conflict.
-APPLICATIONS ?= optuna airflow
+APPLICATIONS ?= optuna airflow mlflow
 airflow := apache-airflow-core apache-airflow-providers-standard asyncpg
+mlflow := 'mlflow>=3'
 optuna := 'optuna>=4'
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

@@ -24,7 +24,8 @@ from typing import Protocol
 # wait in our hook for a connect whose thread waits for the same lock, to fork too
 # (tests/pool/test_threads.py::test_connecting_threads_that_fork_do_not_wait_for_each_other).
 from pidpool.forks import log_locks, openssl
-from pidpool.forks.gate import ConnectGate
+from pidpool.forks.gate import ConnectGate, Passage
+from pidpool.stats import process_counters
 from pidpool.terms import Trigger
 
 _MADV_WIPEONFORK = 18
@@ -71,7 +72,10 @@ fork_state: _ForkState = _make_state()
 fork_state[0] = SETTLED
 
 _pid = os.getpid()
+noticed_pid = [_pid]
+"""As `process_pid`, for code that must not call a function: a signal handler may fork at each call."""
 _gate = ConnectGate()
+process_counters.watch_forks(fork_state, noticed_pid)
 
 
 def is_hooked() -> bool:
@@ -170,23 +174,21 @@ def hold_forks_during(connect: Callable[[], None]) -> float:
 
     Return how many seconds it took, without the wait for other threads' forks.
     """
-    entered = _gate
+    entered, passage = _gate, Passage()
     try:
-        entered.enter_connect()
+        entered.enter_connect(passage)
         started = time.perf_counter()
         connect()
         return time.perf_counter() - started
     finally:
-        leave_connect(entered)
+        leave_connect(entered, passage)
 
 
-def leave_connect(entered: ConnectGate) -> None:
+def leave_connect(entered: ConnectGate, passage: Passage) -> None:
     """Let forks in again, through the gate that the connect has entered."""
     if fork_state[0] == FORKED:
         notice_fork()
-    # In a child forked meanwhile the gate is its parent's, whose threads may have left it locked.
-    if entered is _gate:
-        entered.leave_connect()
+    entered.leave_connect(passage)
 
 
 _notice_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]  # a function before 3.13
@@ -215,7 +217,7 @@ def notice_fork() -> None:
                 _has_dead_threads = True
                 log_locks.renew(in_hook=False)
             openssl.note_child(is_alone)
-            _pid = os.getpid()
+            _pid = noticed_pid[0] = os.getpid()
             if not is_alone:
                 _gate = ConnectGate()
             fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again

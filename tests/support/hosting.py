@@ -172,6 +172,8 @@ class Run:
 
         def done() -> bool:
             assert process.poll() is None, self.log.read_text()
+            if self.held_at_first is None and self.lines("parent"):
+                self.held_at_first = self.held_sessions()
             return len(self.lines("row")) + len(self.lines("failed")) >= self.asked
 
         try:
@@ -217,7 +219,7 @@ class Run:
                 return count == 0
 
             # A session's last lines in the log are written before it ends.
-            until(have_ended, f"{self.name} has left sessions behind", 20.0)
+            until(have_ended, f"{self.name} has left sessions behind", START)
             found = connection.execute(text(f"select what, number, pid from {self.name}")).all()
         expected = {(line["what"], line["number"], line["pid"]) for line in self.lines("row")}
         expected |= {("held", line["number"], line["pid"]) for line in self.lines("held")}
