@@ -10,10 +10,12 @@ PYTEST_ARGS ?=
 PROCESSES ?= logical
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+# For example: make test-versions VERSIONS_ARGS='--short 3.14'
+VERSIONS_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
-SOAK ?= tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py \
+SOAK ?= tests/pool/test_interrupts.py tests/forks/test_within_operations.py tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py \
         tests/forks/test_transfers.py tests/hosts/test_hosts.py -k 'eight or storm or many or rows'
 
 # Each has a virtual environment of its own, since their pins conflict.
@@ -29,7 +31,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --editable
 bounded := timeout --foreground --signal=ABRT --kill-after=30 $(TEST_SECONDS)
 
-.PHONY: help demo bench docs test test-system test-applications soak sqlalchemy-suite lint format build clean
+.PHONY: help demo bench docs test test-system test-versions test-applications soak sqlalchemy-suite lint format build clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -49,6 +51,9 @@ test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded', PROCESSES=0)
 
 test-system: $(VENV)/.system ## run the tests that need Chromium, MariaDB, PgBouncer, Prometheus, Redis and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
+
+test-versions: ## run the library's tests on Python 3.10 to 3.15 and SQLAlchemy 2.0.31 to its newest (as root)
+	bash .ci/versions $(VERSIONS_ARGS)
 
 test-applications: $(VENV)/.dev $(APPLICATIONS:%=.venv-%/.made) ## run applications of others by their database URL alone
 	$(bin)/python -m pytest $(APPLICATIONS:%=tests/applications/test_%.py) $(PYTEST_ARGS)
@@ -74,7 +79,7 @@ build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(bin)/python -m build
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-* $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache docs/_build
+	rm -rf .venv .venv-* .versions $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.demo: pyproject.toml

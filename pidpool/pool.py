@@ -20,7 +20,8 @@ from sqlalchemy.pool import PoolProxiedConnection
 from pidpool._sqlalchemy.address import address_of
 from pidpool._sqlalchemy.checked_out import CheckedOutConnection, check_out
 from pidpool._sqlalchemy.entry import PidPoolEntry
-from pidpool._sqlalchemy.queue_pool import HookedQueuePool
+from pidpool._sqlalchemy.idle_closing import ClosingQueuePool
+from pidpool._sqlalchemy.interrupted import let_go_of_frames
 from pidpool.drivers import Driver, Settings
 from pidpool.errors import ForeignCheckoutError
 from pidpool.events import overdue
@@ -35,19 +36,12 @@ from pidpool.options.checks import check_choice, check_number
 from pidpool.stats import holders, robust_lock
 from pidpool.stats.family import Family
 from pidpool.stats.family_memory import check_name as check_family_name
-from pidpool.stats.process_counters import (
-    IN_STATE_SINCE,
-    LAST_BUCKET,
-    THREAD,
-    WAIT,
-    WAIT_SUM,
-)
 from pidpool.stats.snapshots import FamilyStats, PoolStats
 from pidpool.tag import ConnectionTag
 from pidpool.terms import INHERITED_SOCKETS, ON_FOREIGN, InheritedSockets, OnForeign, StateAtFork
 
 
-class PidPool(HookedQueuePool):
+class PidPool(ClosingQueuePool):
     """A `sqlalchemy.pool.QueuePool` whose connections survive a fork of the process.
 
     Use it as ``create_engine(url, poolclass=PidPool)``; every option is a plain keyword of
@@ -193,28 +187,14 @@ class PidPool(HookedQueuePool):
         if thread not in guarded_threads:
             openssl.guard_thread(thread)
         started = time.perf_counter_ns()
+        # No local variable has the checkout: the frame of an interrupted call lives on in the traceback.
         try:
-            checkout = check_out(self)
-        except exc.TimeoutError as error:
-            self._report_timeout(error, (time.perf_counter_ns() - started) / 1e9)
+            return check_out(self, started, thread)
+        except BaseException as error:
+            let_go_of_frames(error)
+            if isinstance(error, exc.TimeoutError):
+                self._report_timeout(error, (time.perf_counter_ns() - started) / 1e9)
             raise
-        now = time.perf_counter_ns()
-        waited_ns = now - started
-        entry: Any = checkout.entry
-        if entry is None:
-            return checkout  # a checkout listener has detached or invalidated it
-        entry.owned.used_by = entry
-        entry.out_since = now
-        slot = entry.slot
-        bucket = (waited_ns >> 10).bit_length()  # process_counters.bucket(), without the call
-        slot[WAIT + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += 1
-        slot[WAIT_SUM] += waited_ns
-        slot[IN_STATE_SINCE] = now
-        slot[THREAD] = thread
-        is_logged = self.pool_events.is_enabled()
-        if is_logged or self.hold_warning is not None:
-            self._watch(entry, waited_ns / 1e9, now / 1e9, is_logged)
-        return checkout
 
     def _report_timeout(self, error: exc.TimeoutError, waited: float) -> None:
         """Count and log a checkout that found no connection; name what keeps the connections."""
@@ -229,7 +209,7 @@ class PidPool(HookedQueuePool):
             waited, self.size(), self.overflow(), self.checkedout(), family, held_longest
         )
 
-    def _watch(self, entry: PidPoolEntry, waited: float, now: float, is_logged: bool) -> None:
+    def watch(self, entry: PidPoolEntry, waited: float, now: float, is_logged: bool) -> None:
         """Log a checkout, and keep what is to be logged of its end."""
         tag = entry.pidpool_tag
         is_logged = is_logged and tag is not None
@@ -246,8 +226,12 @@ class PidPool(HookedQueuePool):
             detection.settle()
         checked_out = max(0, self.checkedout())
         # Logged at the end: a log handler that uses this pool would open what is to be closed.
-        with held_back():
-            closed = self.close_idle()
+        try:
+            with held_back():
+                closed = self.close_idle()
+        except BaseException as error:
+            let_go_of_frames(error)
+            raise
         # A child that disposes starts afresh, also if it keeps this pool instead of the new one.
         self._refusal = None
         self.logger.info("Pool disposed. %s", self.status())
@@ -305,6 +289,7 @@ class PidPool(HookedQueuePool):
         """
         if fork_state[0] != SETTLED:
             detection.settle()
+        self.make_good()
         return self.pool_events.family.read_own(self.pool_events.counters, self.pool_events.pool)
 
     def family_stats(self) -> FamilyStats:
@@ -317,6 +302,8 @@ class PidPool(HookedQueuePool):
         """
         if fork_state[0] != SETTLED:
             detection.settle()
+        self.make_good()
+        self.pool_events.counters.make_good()
         return self.pool_events.family.read(self.pool_events.pool)
 
     def records(self) -> list[PidPoolEntry]:

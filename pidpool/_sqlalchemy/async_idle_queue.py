@@ -64,6 +64,14 @@ class AsyncIdleQueue(sqlalchemy_queue.AsyncAdaptedQueue[_T]):
         else:
             self._items.append(item)
 
+    def keep(self, item: _T) -> _T | None:
+        """Put an item; never waits. Return it if there is no room."""
+        try:
+            self.put(item)
+        except sqlalchemy_queue.Full:
+            return item
+        return None
+
     def get_nowait(self) -> _T:
         """Get an item that is there."""
         return self.get(False)

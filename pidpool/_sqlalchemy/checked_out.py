@@ -13,6 +13,8 @@ from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, _finalize_
 
 from pidpool._sqlalchemy import contract, copies
 from pidpool._sqlalchemy.entry import PidPoolEntry
+from pidpool._sqlalchemy.entry_list import GONE
+from pidpool._sqlalchemy.interrupted import let_go_of_frames
 from pidpool.events.pool_events import held_back
 from pidpool.forks import detection
 from pidpool.forks.detection import FORKED, fork_state
@@ -64,26 +66,44 @@ class CheckedOutConnection(_ConnectionFairy):
 
     def __del__(self) -> None:
         """Return the connection of a checkout that was dropped; never logs, never raises."""
-        entry = self.entry
-        if entry is None:
-            return  # it was closed or detached
-        if fork_state[0] == FORKED:
-            detection.notice_fork()  # first: what this process inherited is not its to return
-        # A checkout that failed has returned its entry, and lives as long as the traceback: the entry may
-        # already be another checkout's.
-        reference = entry.fairy_ref
-        if reference is None or reference() not in (self, None):
-            return
-        entry.fairy_ref = _GONE  # SQLAlchemy asks whether it is
-        with held_back():
-            if entry.inherited:
-                entry.checkin()
-            else:
-                entry.take_part_again()
-                if self._pool._dialect.is_async:
-                    _finalize_async(entry, self._pool, self._echo)
+        entry = None
+        try:
+            try:
+                entry = self.entry
+            except AttributeError:
+                return  # interrupted before it was made
+            if entry is None:
+                return  # it was closed or detached
+            if fork_state[0] == FORKED:
+                detection.notice_fork()  # first: what this process inherited is not its to return
+            # A checkout that failed has returned its entry, and lives as long as the traceback: the entry may
+            # already be another checkout's.
+            reference = entry.fairy_ref
+            if reference is None or reference() not in (self, None):
+                return
+            entry.fairy_ref = GONE  # SQLAlchemy asks whether it is
+            self.entry = None
+            with held_back():
+                if entry.inherited:
+                    entry.checkin()
                 else:
-                    _finalize(entry, self._pool, self._echo)
+                    entry.take_part_again()
+                    finalize = _finalize_async if self._pool._dialect.is_async else _finalize
+                    finalize(entry, self._pool, self._echo)
+        except BaseException as error:
+            self.held_connection = None
+            let_go_of_frames(error)
+            if entry is not None and (entry.fairy_ref is GONE or self.entry is entry):
+                self.entry = None
+                with held_back():
+                    entry.end(error)
+            entry = None
+            raise
+
+    def __getattr__(self, key: str) -> Any:
+        if key in ("entry", "held_connection"):
+            raise AttributeError(key)  # interrupted before it was made, it has no connection to ask
+        return getattr(self.dbapi_connection, key)
 
     # -- what it holds
 
@@ -134,13 +154,25 @@ class CheckedOutConnection(_ConnectionFairy):
         self.dbapi_connection.rollback()
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
-        if not self.is_disowned():
-            super().invalidate(e, soft)
-        elif not soft:
-            self.let_go()
-        # A soft one has the next checkout recycle the connection: an inherited one has no next checkout.
+        try:
+            if not self.is_disowned():
+                super().invalidate(e, soft)
+            elif not soft:
+                self.let_go()
+            # A soft one has the next checkout recycle the connection: an inherited one has no next checkout.
+        except BaseException as error:
+            if not soft:
+                self._end(error)
+            raise
 
     def detach(self) -> None:
+        try:
+            self._detach()
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def _detach(self) -> None:
         connection = self.dbapi_connection
         if isinstance(connection, DisownedConnection):
             if not connection.pidpool_inheritance.may_be_replaced():
@@ -151,15 +183,52 @@ class CheckedOutConnection(_ConnectionFairy):
                     self.entry = None
                 return
             connection.pidpool_inheritance.replacement()
-        entry = cast("PidPoolEntry | None", self.entry)
+        entry, pool = cast("PidPoolEntry | None", self.entry), self._pool
+        if entry is None:
+            return
+        owned = entry.owned_now
+        self._detached_from = owned
+        if owned is not None:
+            owned.used_by = None
+            owned.detach(self)
+        entry.own_none()
+        entry.watched = None  # a detached connection is no longer a checkout of the pool's
+        # As SQLAlchemy's own, but that the entry goes back when nothing else has it.
+        info: Any = self.info
+        self.info = info.copy()  # type: ignore[misc]
+        self.entry = entry.fairy_ref = entry.dbapi_connection = None
+        pool._do_return_conn(entry)
+        if pool.dispatch.detach:
+            pool.dispatch.detach(self.dbapi_connection, entry)
+
+    def close(self) -> None:
+        try:
+            self._counter -= 1
+            if self._counter == 0:
+                self._checkin()
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def _close_special(self, transaction_reset: bool = False) -> None:
+        try:
+            self._counter -= 1
+            if self._counter == 0:
+                self._checkin(transaction_was_reset=transaction_reset)
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def _end(self, error: BaseException) -> None:
+        """End the checkout, since the operation that was to end it was interrupted.
+
+        If it still has its entry, that was not returned yet, and nothing else has it.
+        """
+        entry, self.entry = self.entry, None
+        self.held_connection = None
+        let_go_of_frames(error)
         if entry is not None:
-            owned = entry.owned_now
-            self._detached_from = owned
-            if owned is not None:
-                owned.detach(self)
-            entry.own_none()
-            entry.watched = None  # a detached connection is no longer a checkout of the pool's
-        super().detach()
+            entry.end(error)
 
     # -- its end
 
@@ -209,19 +278,6 @@ class CheckedOutConnection(_ConnectionFairy):
         return connection
 
 
-def _ended() -> weakref.ref[Any]:
-    class Something: ...
-
-    something = Something()
-    reference = weakref.ref(something)
-    hash(reference)  # while it can be; SQLAlchemy 2.0 looks it up in a dict
-    return reference
-
-
-_GONE = _ended()
-"""A weak reference to an object that has gone."""
-
-
 def _finalize(entry: PidPoolEntry, pool: Pool, echo: Any) -> None:
     """Have SQLAlchemy reset and return the connection of a checkout that was dropped."""
     finalize: Any = _finalize_fairy
@@ -263,8 +319,10 @@ def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
     return cast(CheckedOutConnection, _ConnectionFairy._checkout(pool, None, ours))
 
 
-check_out: Callable[[Any], CheckedOutConnection] = _check_out_by_sqlalchemy
-"""``check_out(pool)`` returns a new `CheckedOutConnection`, after pre-ping and checkout events. It may wait
-for `pool_timeout` seconds."""
-if copies.USED:
-    check_out = copies.make_check_out(CheckedOutConnection, _check_out_by_sqlalchemy)
+check_out: Callable[[Any, int, int], CheckedOutConnection] = copies.make_check_out(
+    CheckedOutConnection, _check_out_by_sqlalchemy
+)
+"""``check_out(pool, started, thread)`` returns a new `CheckedOutConnection`, after pre-ping and checkout
+events, and counts it. It may wait for `pool_timeout` seconds.
+
+``started`` is the `time.perf_counter_ns()` of the call, ``thread`` the calling thread."""

@@ -103,6 +103,8 @@ def _check_base() -> None:
     _parameters(fairy, "_checkin", "_ConnectionFairy", "transaction_was_reset")
     _parameters(fairy, "_reset", "_ConnectionFairy", "pool", "transaction_was_reset", "terminate_only")
     _parameters(fairy, "invalidate", "_ConnectionFairy", "e", "soft")
+    _parameters(fairy, "close", "_ConnectionFairy")
+    _parameters(fairy, "_close_special", "_ConnectionFairy", "transaction_reset")
     for name in ("detach", "is_detached", "info", "driver_connection"):
         _get(fairy, name, "_ConnectionFairy")
 
@@ -141,8 +143,6 @@ def _check_pool() -> None:
     _parameters(Pool, "connect", "Pool")
     _parameters(QueuePool, "_do_get", "QueuePool")
     _parameters(QueuePool, "_do_return_conn", "QueuePool", "record")
-    _parameters(QueuePool, "_inc_overflow", "QueuePool")
-    _parameters(QueuePool, "_dec_overflow", "QueuePool")
     _get(QueuePool, "_queue_class", "QueuePool")
     named: Any = _NamedPool(_no_connection)
     if named.logger.name != _NamedPool._sqla_logger_namespace:
@@ -159,7 +159,7 @@ def _check_pool() -> None:
         _has(pool, name, "Pool")
     for name in ("_creator", "_orig_logging_name", "logger", "dispatch", "echo"):
         _has(pool, name, "Pool")
-    for name in ("_pool", "_overflow", "_max_overflow", "_timeout", "_overflow_lock"):
+    for name in ("_pool", "_overflow", "_max_overflow", "_timeout"):
         _has(pool, name, "QueuePool")
     for name in ("QueueCommon", "Empty", "Full"):
         _get(queue, name, "util.queue")

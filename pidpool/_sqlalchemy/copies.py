@@ -9,6 +9,7 @@ sqlalchemy/pool/base.py.
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,60 +17,90 @@ from typing import Any
 from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, reset_rollback
 
 from pidpool._sqlalchemy import contract
+from pidpool._sqlalchemy.entry import ForkedWhileOpening
 from pidpool.forks import detection
 from pidpool.forks.detection import FORKED, fork_state
 from pidpool.forks.stand_in import DisownedConnection
+from pidpool.stats.process_counters import IN_STATE_SINCE, LAST_BUCKET, THREAD, WAIT, WAIT_SUM
 
 USED = contract.use_copies()
 
 
 def init_checkout(self: Any, pool: Any, dbapi_connection: Any, record: Any, echo: Any) -> None:
     """Make a checkout: `_ConnectionFairy.__init__` without its finalizer, a third of a checkout's time."""
+    self.entry = record
     self._pool = pool
     self._counter = 0
     self._echo = echo
     self.held_connection = dbapi_connection
-    self.entry = record
     record.fairy_ref = weakref.ref(self)
 
 
-def make_check_out(checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return the function that checks a connection out: `_ConnectionRecord.checkout`.
+def make_check_out(
+    checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]
+) -> Callable[[Any, int, int], Any]:
+    """Return the function that checks a connection out: `_ConnectionRecord.checkout`, and its counting.
 
     :param checkout_class: the class of the checkouts.
-    :param by_sqlalchemy: does the same by SQLAlchemy's own code.
+    :param by_sqlalchemy: checks out by SQLAlchemy's own code.
     """
     entry_class = vars(_ConnectionRecord)
-    their_checkout = entry_class["checkout"]
+    # If a tracer or SQLAlchemy's tests have wrapped their method, it is not passed over.
+    their_checkout = entry_class["checkout"] if USED else None
     debug = logging.DEBUG
 
-    def check_out(pool: Any) -> Any:
-        # If a tracer or SQLAlchemy's tests have wrapped their method, it is not passed over.
+    def check_out(pool: Any, started: int, thread: int) -> Any:
         if entry_class["checkout"] is not their_checkout:
-            return by_sqlalchemy(pool)
-        entry = pool._do_get()
-        dbapi_connection = entry.dbapi_connection
-        # What get_connection() would find out, without the call.
-        if (
-            dbapi_connection is None
-            or pool._recycle > -1
-            or pool._invalidate_time > entry.starttime
-            or entry._soft_invalidate_time > entry.starttime
-        ):
-            try:
-                dbapi_connection = entry.get_connection()
-            except BaseException as error:
-                entry._checkin_failed(error, _fairy_was_created=False)
-                raise
-            if entry.inherited:  # a connect listener has forked, and this is the child
-                return check_out(pool)
-        echo = pool.logger.isEnabledFor(debug)
-        if echo:
-            pool.logger.debug("Connection %r checked out from pool", dbapi_connection)
-        checkout = checkout_class(pool, dbapi_connection, entry, echo)
-        if pool.dispatch.checkout or pool._pre_ping:
-            return _ConnectionFairy._checkout(pool, None, checkout)
-        checkout._counter = 1
+            checkout = by_sqlalchemy(pool)
+        else:
+            entry = pool._do_get()
+            dbapi_connection = entry.dbapi_connection
+            # What get_connection() would find out, without the call.
+            if (
+                dbapi_connection is None
+                or pool._recycle > -1
+                or pool._invalidate_time > entry.starttime
+                or entry._soft_invalidate_time > entry.starttime
+            ):
+                try:
+                    dbapi_connection = entry.get_connection()
+                except ForkedWhileOpening as forked:
+                    forked.__traceback__ = None
+                    return check_out(pool, started, thread)
+                except BaseException as error:
+                    entry._checkin_failed(error, _fairy_was_created=False)
+                    raise
+            echo = pool.logger.isEnabledFor(debug)
+            if echo:
+                pool.logger.debug("Connection %r checked out from pool", dbapi_connection)
+            checkout = checkout_class(pool, dbapi_connection, entry, echo)
+            if pool.dispatch.checkout or pool._pre_ping:
+                _ConnectionFairy._checkout(pool, None, checkout)
+            else:
+                checkout._counter = 1
+        entry = checkout.entry
+        if entry is None:
+            return checkout  # a checkout listener has detached or invalidated it
+        entry.owned.used_by = entry
+        now = time.perf_counter_ns()
+        waited = now - started
+        bucket = (waited >> 10).bit_length()  # process_counters.bucket(), without the call
+        # After the last call, which a signal handler may follow that forks: no count is another process's.
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        if entry.members is not pool.members and not pool.takes(entry):
+            return check_out(
+                pool, started, thread
+            )  # this is the child: entry and connection are its parent's
+        entry.out_since = now
+        slot = entry.slot
+        slot[WAIT + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += 1
+        slot[WAIT_SUM] += waited
+        slot[IN_STATE_SINCE] = now
+        slot[THREAD] = thread
+        is_logged = pool.pool_events.is_enabled()
+        if is_logged or pool.hold_warning is not None:
+            pool.watch(entry, waited / 1e9, now / 1e9, is_logged)
         return checkout
 
     return check_out
@@ -102,7 +133,7 @@ def check_in(self: Any, transaction_was_reset: bool = False) -> None:
             self.reset_error = error
             _ConnectionFairy._checkin(self)
             return
-    entry.fairy_ref = None
+    entry.owned.used_by = entry.fairy_ref = None
     if dispatch.checkin:
         dispatch.checkin(entry.dbapi_connection, entry)
     self.held_connection = self.entry = None

@@ -13,11 +13,12 @@ from typing import Any, Protocol, cast
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
+from pidpool._sqlalchemy.entry_list import EntryList
 from pidpool.drivers import driver_of, sockets_before, unknown_driver
 from pidpool.events.pool_events import PoolEvents
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, openssl, ownership, severing
-from pidpool.forks.detection import FORKED, fork_state
+from pidpool.forks.detection import FORKED, fork_state, noticed_pid
 from pidpool.forks.ownership import Checkout, OwnedConnection
 from pidpool.stats.budget import Permit
 from pidpool.stats.process_counters import SCRATCH, ProcessCounters, write_connection
@@ -36,6 +37,10 @@ class PoolOfEntries(Protocol):
     inherited_sockets: InheritedSockets
 
 
+class ForkedWhileOpening(Exception):
+    """A signal handler has forked, this is the child, and the connection just opened is its parent's."""
+
+
 class PidPoolEntry(_ConnectionRecord):
     """One entry of a pool: SQLAlchemy's `ConnectionPoolEntry`.
 
@@ -44,6 +49,7 @@ class PidPoolEntry(_ConnectionRecord):
     """
 
     __slots__ = (
+        "members",
         "owned",
         "inherited",
         "close_reason",
@@ -56,6 +62,8 @@ class PidPoolEntry(_ConnectionRecord):
         "permit",
     )
 
+    members: EntryList | None
+    """The pool's entries, while this is one of them."""
     owned: OwnedConnection | None
     """The connection that it held last; `owned_now` if it still holds it."""
     inherited: bool
@@ -73,6 +81,7 @@ class PidPoolEntry(_ConnectionRecord):
     """For the connection that it is about to open, if the family has a limit."""
 
     def __init__(self, pool: PoolOfEntries, connect: bool = True, permit: Permit | None = None) -> None:
+        self.members = None
         self.permit = permit
         self.owned = None
         self.inherited = False
@@ -84,6 +93,31 @@ class PidPoolEntry(_ConnectionRecord):
         self.slot_number, self.slot = counters.assign_slot(self)
         super().__init__(cast(Any, pool), connect)
 
+    def connect(self) -> None:
+        """Open the first connection of an entry that was made without one."""
+        self._ConnectionRecord__connect()
+
+    # -- its place in the pool
+
+    def leave(self) -> None:
+        """Leave the pool, which may make another entry in the place of this one."""
+        if self.members is not None:
+            self.members.remove(self)
+        if not self.inherited:
+            self.counters.release_slot(self)
+        self.slot, self.slot_number = SCRATCH, 0
+
+    def end(self, error: BaseException | None) -> None:
+        """Close the connection and leave the pool, since an operation on the entry was interrupted."""
+        self.fairy_ref = self.watched = None
+        self.out_since = 0
+        if self.owned is not None:
+            self.owned.used_by = None
+        try:
+            self.invalidate(error)
+        finally:
+            self.leave()
+
     # -- which connection it holds
 
     def open(self, create: Callable[[Any], Any]) -> Any:
@@ -94,11 +128,21 @@ class PidPoolEntry(_ConnectionRecord):
         severing.make_dead_socket()  # for a child at its limit of open files
         before = sockets_before(getattr(self.pidpool.engine_dialect, "driver", None))
         connection = create(self)
-        openssl.look(type(connection).__module__)
+        # Without a call in between, in which a signal handler could fork. If the creator has forked, the
+        # connection is the child's. If a handler forks in the lines below, it is the parent's.
+        owner = noticed_pid[0]
         if fork_state[0] == FORKED:
-            detection.notice_fork()  # the creator has forked: the child's connection is no inherited one
+            detection.notice_fork()
+            owner = noticed_pid[0]
+        openssl.look(type(connection).__module__)
         sever = self.pidpool.inherited_sockets == "sever"
-        self.own(ownership.tag_connection(connection, self, sever=sever, before=before))
+        owned = ownership.tag_connection(connection, self, sever=sever, before=before)
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        if noticed_pid[0] != owner:
+            owned.disown(connection)
+            raise ForkedWhileOpening
+        self.own(owned)
         self._hand_permit_over(connection)
         self.pidpool.start_idle_thread()
         try:
@@ -127,9 +171,20 @@ class PidPoolEntry(_ConnectionRecord):
     def mark_inherited(self) -> None:
         """Note, in a child, that this entry is the parent's, and so is the memory where it counts."""
         self.inherited = True
+        self.members = None
         self.slot = SCRATCH
         self.slot_number = self.out_since = 0
         self.watched = None
+
+    def become_this_process_own(self) -> None:
+        """Note, in a child, that it holds a connection of the child's own: its creator has forked."""
+        self.inherited = False
+        if self.members is not None:
+            self.members.remove(self)
+        self.counters = self.pool_events.counters
+        self.slot_number, self.slot = self.counters.assign_slot(self)
+        if self.owned is not None:
+            write_connection(self.slot, self.owned.tag)
 
     def take_part_again(self) -> None:
         """Register the entry anew if it was collected in a cycle with its checkout, which resurrects it.
@@ -138,6 +193,8 @@ class PidPoolEntry(_ConnectionRecord):
         """
         if self.counters.has_slot(self):
             return
+        if self.members is not None and self not in self.members:
+            self.members.add(self, None)
         self.slot_number, self.slot = self.counters.assign_slot(self)
         owned = self.owned_now
         if owned is not None:
@@ -242,6 +299,12 @@ class PidPoolEntry(_ConnectionRecord):
         if self._let_go_if_inherited():
             self.fairy_ref = None
             return
+        # First: a checkout that has its entry ends it if it is interrupted. It must not be another's then.
+        if self.owned is not None:
+            self.owned.used_by = None
+        checkout = self.current_checkout()
+        if checkout is not None:
+            checkout.entry = None
         super().checkin(_fairy_was_created)
 
     def _let_go_if_inherited(self) -> bool:

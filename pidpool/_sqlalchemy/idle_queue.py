@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -43,46 +44,54 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         self.use_lifo = use_lifo
         self.queue: deque[_T] = deque()  # the name that it has in SQLAlchemy's
         self._pop = self.queue.pop if use_lifo else self.queue.popleft
-        # A put first takes one of these, so that there never are more than maxsize items: to look how many
-        # there are and then to put would be two steps.
-        self._free_places: list[None] = [None] * max(maxsize, 0)
-        self._waiters: deque[_Waiter] = deque()
+        self._waiters: deque[weakref.ref[_Waiter]] = deque()
+        """In the order in which they are served. Weak: a thread that was interrupted waits no more."""
         self._is_abandoned = False
 
-    def get(self, block: bool = True, timeout: float | None = None, since: float | None = None) -> _T:
+    def get(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        since: float | None = None,
+        give_up: Callable[[], bool] | None = None,
+    ) -> _T:
         """Get an item, waiting for `timeout` seconds at most.
 
         :param since: `time.monotonic()` when the thread began to wait, if it does so in several calls.
+        :param give_up: asked at times during a wait; if true, the wait ends.
         :raises sqlalchemy.util.queue.Empty: if there is none, or none in time.
         """
         try:
-            item = self._pop()
+            return self._pop()
         except IndexError:
             if not block:
                 raise sqlalchemy_queue.Empty from None
-        else:
-            if self.maxsize > 0:
-                self._free_places.append(None)
-            return item
         if timeout is not None and timeout < 0:
             raise ValueError("'timeout' must be a positive number")
-        return self._wait(timeout, since)
+        return self._wait(timeout, since, give_up)
+
+    def keep(self, item: _T) -> _T | None:
+        """Put an item; never waits. Return one for which there is no room, which as a rule is the same."""
+        self.queue.append(item)
+        if len(self.queue) > self.maxsize > 0:
+            # Put first and then looked, so that two threads can't both find the last place.
+            try:
+                return self.queue.pop()
+            except IndexError:
+                return None
+        # After the item is there. A thread that begins to wait looks for an item after it is on the list, so
+        # that one of the two sees the other.
+        if self._waiters:
+            self._serve_a_waiter()
+        return None
 
     def put(self, item: _T, block: bool = True, timeout: float | None = None) -> None:
         """Put an item; never waits.
 
         :raises sqlalchemy.util.queue.Full: if there are `maxsize` already.
         """
-        if self.maxsize > 0:
-            try:
-                self._free_places.pop()
-            except IndexError:
-                raise sqlalchemy_queue.Full from None
-        self.queue.append(item)
-        # After the item is there. A thread that begins to wait looks for an item after it is on the list, so
-        # that one of the two sees the other.
-        if self._waiters:
-            self._serve_a_waiter()
+        if self.full() or self.keep(item) is not None:
+            raise sqlalchemy_queue.Full
 
     def get_oldest(self, is_due: Callable[[_T], bool]) -> _T:
         """Get the item that has been here for longest, if it is due.
@@ -90,14 +99,11 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         :raises sqlalchemy.util.queue.Empty: if it is not, or if there is none.
         """
         try:
-            if not is_due(self.queue[0]):
-                raise sqlalchemy_queue.Empty
-            item = self.queue.popleft()  # a younger one, if another thread was first
+            if is_due(self.queue[0]):
+                return self.queue.popleft()  # a younger one, if another thread was first
         except IndexError:
-            raise sqlalchemy_queue.Empty from None
-        if self.maxsize > 0:
-            self._free_places.append(None)
-        return item
+            pass
+        raise sqlalchemy_queue.Empty
 
     def get_nowait(self) -> _T:
         """Get an item that is there."""
@@ -122,7 +128,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
     @property
     def has_waiters(self) -> bool:
         """Whether a thread waits for an item, or a greenlet does."""
-        return bool(self._waiters)
+        return any(reference() is not None for reference in list(self._waiters))
 
     def abandon(self) -> None:
         """Let go of all items, and have every waiting thread find none: a child's pool has another queue.
@@ -131,20 +137,27 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         """
         self._is_abandoned = True
         self.queue.clear()
-        for waiter in self._waiters:
-            waiter.is_awake = False
-            waiter.wake()
+        for reference in self._waiters:
+            waiter = reference()
+            if waiter is not None:
+                waiter.is_awake = False
+                waiter.wake()
 
     # -- waiting
 
     def _serve_a_waiter(self) -> None:
         """Have the first waiting thread look again; hand it an item if it has waited for long."""
+        waiter = None
         try:
-            waiter = self._waiters[0]
+            while waiter is None:
+                reference = self._waiters[0]
+                waiter = reference()
+                if waiter is None:
+                    self._forget(reference)  # its thread was interrupted
             if waiter.is_due:
                 # In one step, since an interrupt between two would lose the item. It keeps its place.
                 waiter.inbox.append(self._pop())
-                self._forget(waiter)
+                self._forget(reference)
         except IndexError:
             return  # another thread was first
         if waiter.is_closed:
@@ -152,15 +165,16 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         else:
             waiter.wake()
 
-    def _wait(self, timeout: float | None, since: float | None) -> _T:
+    def _wait(self, timeout: float | None, since: float | None, give_up: Callable[[], bool] | None) -> _T:
         waiter: _Waiter = _Waiter()
         deadline = math.inf if timeout is None else waiter.since + timeout
         if since is not None:
             waiter.since = since
+        reference = weakref.ref(waiter)
         if waiter.since < time.monotonic() - PATIENCE:
-            self._waiters.appendleft(waiter)  # it has waited before
+            self._waiters.appendleft(reference)  # it has waited before
         else:
-            self._waiters.append(waiter)
+            self._waiters.append(reference)
         try:
             while True:
                 waiter.is_awake = False  # before it looks: what comes after that wakes it
@@ -172,22 +186,20 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
                 except IndexError:
                     pass
                 now = time.monotonic()
-                if now >= deadline or self._is_abandoned:
+                if now >= deadline or self._is_abandoned or (give_up is not None and give_up()):
                     break
                 waiter.is_due = now >= waiter.since + PATIENCE
                 waiter.sleep(min(deadline - now, LOOK_AGAIN if waiter.is_due else PATIENCE))
             waiter.is_closed = True  # before the last look: a thread that hands an item over looks after that
-            self._forget(waiter)
+            self._forget(reference)
             item: _T = waiter.inbox.popleft()
         except IndexError:
             raise sqlalchemy_queue.Empty from None
         finally:
             # An interrupt, or gevent's timeout, or two threads that handed it an item each.
             waiter.is_closed = True
-            self._forget(waiter)
+            self._forget(reference)
             self._put_back(waiter)
-        if self.maxsize > 0:
-            self._free_places.append(None)
         return item
 
     def _put_back(self, waiter: _Waiter) -> None:
@@ -202,10 +214,10 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         if self.queue and self._waiters:
             self._serve_a_waiter()
 
-    def _forget(self, waiter: _Waiter) -> None:
+    def _forget(self, reference: weakref.ref[_Waiter]) -> None:
         """Take a waiter off the list, unless another thread has."""
         try:
-            self._waiters.remove(waiter)
+            self._waiters.remove(reference)
         except ValueError:
             pass
 
@@ -213,7 +225,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
 class _Waiter:
     """A thread that waits for an item."""
 
-    __slots__ = ("since", "inbox", "is_closed", "is_awake", "is_due", "_lock")
+    __slots__ = ("since", "inbox", "is_closed", "is_awake", "is_due", "_lock", "__weakref__")
 
     def __init__(self) -> None:
         self.since = time.monotonic()

@@ -24,7 +24,8 @@ from typing import Protocol
 # wait in our hook for a connect whose thread waits for the same lock, to fork too
 # (tests/pool/test_threads.py::test_connecting_threads_that_fork_do_not_wait_for_each_other).
 from pidpool.forks import log_locks, openssl
-from pidpool.forks.gate import ConnectGate
+from pidpool.forks.gate import ConnectGate, Passage
+from pidpool.stats import process_counters
 from pidpool.terms import Trigger
 
 _MADV_WIPEONFORK = 18
@@ -71,7 +72,10 @@ fork_state: _ForkState = _make_state()
 fork_state[0] = SETTLED
 
 _pid = os.getpid()
+noticed_pid = [_pid]
+"""As `process_pid`, for code that must not call a function: a signal handler may fork at each call."""
 _gate = ConnectGate()
+process_counters.watch_forks(fork_state, noticed_pid)
 
 
 def is_hooked() -> bool:
@@ -170,23 +174,21 @@ def hold_forks_during(connect: Callable[[], None]) -> float:
 
     Return how many seconds it took, without the wait for other threads' forks.
     """
-    entered = _gate
+    entered, passage = _gate, Passage()
     try:
-        entered.enter_connect()
+        entered.enter_connect(passage)
         started = time.perf_counter()
         connect()
         return time.perf_counter() - started
     finally:
-        leave_connect(entered)
+        leave_connect(entered, passage)
 
 
-def leave_connect(entered: ConnectGate) -> None:
+def leave_connect(entered: ConnectGate, passage: Passage) -> None:
     """Let forks in again, through the gate that the connect has entered."""
     if fork_state[0] == FORKED:
         notice_fork()
-    # In a child forked meanwhile the gate is its parent's, whose threads may have left it locked.
-    if entered is _gate:
-        entered.leave_connect()
+    entered.leave_connect(passage)
 
 
 _notice_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unused-ignore]  # a function before 3.13
@@ -194,7 +196,7 @@ _notice_locks: dict[int, threading.RLock] = {}  # type: ignore[valid-type, unuse
 
 def notice_fork() -> None:
     """Deal with a fork, if there was one and it was not dealt with yet. Never blocks for long, never logs."""
-    global _pid, _gate
+    global _pid, _gate, _has_dead_threads
     was_hooked = _hooked_pid == os.getpid()
     at = _hooked_at if was_hooked else time.time()
     # A lock of this process's own: a fork may have copied any other one in a locked state.
@@ -212,9 +214,10 @@ def notice_fork() -> None:
             for callback in _child_callbacks:
                 callback(fork)
             if not was_hooked:
+                _has_dead_threads = True
                 log_locks.renew(in_hook=False)
             openssl.note_child(is_alone)
-            _pid = os.getpid()
+            _pid = noticed_pid[0] = os.getpid()
             if not is_alone:
                 _gate = ConnectGate()
             fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
@@ -236,8 +239,15 @@ _hooked_at = 0.0
 _hooked_alone = False
 
 
+_has_dead_threads = False
+"""Whether this process was forked in C, without what CPython does after a fork. It may have the states of its
+parent's threads then, on whose stacks its own new threads run."""
+
+
 def _is_alone() -> bool:
     """Return whether the calling thread is the only one that runs Python code in this process."""
+    if _has_dead_threads:  # to look for their frames crashes: see tests/forks/test_grandchildren.py
+        return False
     # Threads that were started in C are counted too; threading.active_count() has not met them. Greenlets of
     # gevent and eventlet are not, and may be in the middle of something as threads are.
     return len(sys._current_frames()) == 1 and not ("gevent" in sys.modules or "eventlet" in sys.modules)
@@ -270,8 +280,9 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _forks_alone, _hooked_pid, _hooked_at, _hooked_alone
+    global _forks_alone, _hooked_pid, _hooked_at, _hooked_alone, _has_dead_threads
     _hooked_pid, _hooked_at, _hooked_alone = os.getpid(), time.time(), _forks_alone
+    _has_dead_threads = False  # CPython has removed them
     can_wait = True
     for callback in _hook_callbacks:
         can_wait = callback(_forks_alone) and can_wait

@@ -7,58 +7,88 @@ TLS connect would hang, and no lock of pidpool's could be replaced to cure that.
 from __future__ import annotations
 
 import threading
+import time
+import weakref
+from collections.abc import Callable
 
 CONNECT_WAIT = 5.0
 """Seconds that a fork waits at most for the connects in flight in other threads. A new connect waits at most
 twice as long for a fork to be over."""
 
+_POLL = 0.001
 
-class ConnectGate:
-    """The gate of one process. A forked child makes a new one."""
+
+class Passage:
+    """One connect on its way through the gate. It is over at the latest when this object goes, so that no
+    interrupt can leave it there."""
+
+    __slots__ = ("thread", "__weakref__")
 
     def __init__(self) -> None:
-        # Conditions over a reentrant lock: a finalizer may run, and connect, inside any line here.
-        self._changed = threading.Condition(threading.RLock())
-        self._connecting: dict[int, int] = {}
+        self.thread: int | None = threading.get_ident()
+        """None once the connect is over."""
+
+
+class ConnectGate:
+    """The gate of one process. A forked child makes a new one.
+
+    It has no lock, which an exception from a signal handler, or a fork, could leave locked. A connect and a
+    fork that begin at the same time each say so before they look for the other, and the connect gives way.
+    """
+
+    def __init__(self) -> None:
+        self._connecting: dict[int, weakref.ref[Passage]] = {}
         self._forking: dict[int, int] = {}
 
-    def enter_connect(self) -> None:
+    def enter_connect(self, passage: Passage) -> None:
         """Wait until no other thread is forking; called before a connection is opened."""
         thread = threading.get_ident()
-        with self._changed:
-            # A thread that connects or forks already must not wait: the fork may be waiting for it.
-            if self._forking and thread not in self._connecting and thread not in self._forking:
-                self._changed.wait_for(lambda: not self._forking, 2 * CONNECT_WAIT)
-            self._connecting[thread] = self._connecting.get(thread, 0) + 1
+        # A thread that connects or forks already must not wait: the fork may be waiting for it.
+        is_free = thread in self._forking or thread in self._threads()
+        self._connecting[id(passage)] = weakref.ref(passage)
+        if self._forking and not is_free:
+            passage.thread = None
+            _wait_until(lambda: not self._forking, 2 * CONNECT_WAIT)
+            passage.thread = thread
 
-    def leave_connect(self) -> None:
+    def leave_connect(self, passage: Passage) -> None:
         """Note that the connection is open and its connect events have run, or that it failed."""
-        self._leave(self._connecting)
+        passage.thread = None
+        self._connecting.pop(id(passage), None)
 
     def before_fork(self) -> None:
         """Wait until no other thread is connecting; a thread that forks itself does not count."""
         thread = threading.get_ident()
-        with self._changed:
-            self._forking[thread] = self._forking.get(thread, 0) + 1
-            # Otherwise two threads that fork while connecting would wait for each other.
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self.in_flight(thread), CONNECT_WAIT)
+        self._forking[thread] = self._forking.get(thread, 0) + 1
+        # Two threads that fork while connecting don't wait for each other.
+        _wait_until(lambda: not self.in_flight(thread), CONNECT_WAIT)
 
     def after_fork_in_parent(self) -> None:
         """Let new connects in."""
-        self._leave(self._forking)
+        thread = threading.get_ident()
+        left = self._forking.get(thread, 0) - 1
+        if left > 0:
+            self._forking[thread] = left
+        else:
+            self._forking.pop(thread, None)
 
     def in_flight(self, thread: int) -> int:
-        """Return how many connects other threads have in flight; takes no lock, so a child may ask."""
-        return sum(other != thread and other not in self._forking for other in self._connecting)
+        """Return how many connects other threads have in flight."""
+        return sum(other != thread and other not in self._forking for other in self._threads())
 
-    def _leave(self, threads: dict[int, int]) -> None:
-        thread = threading.get_ident()
-        with self._changed:
-            left = threads.get(thread, 0) - 1
-            if left > 0:
-                threads[thread] = left
-            else:
-                threads.pop(thread, None)
-            if self._forking or threads is self._forking:  # otherwise no thread waits
-                self._changed.notify_all()
+    def _threads(self) -> list[int]:
+        found = []
+        for key, reference in list(self._connecting.items()):
+            passage = reference()
+            if passage is None:
+                if self._connecting.get(key) is reference:
+                    self._connecting.pop(key, None)
+            elif passage.thread is not None:
+                found.append(passage.thread)
+        return found
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(_POLL)

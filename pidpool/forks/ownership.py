@@ -22,6 +22,8 @@ class Checkout(Protocol):
 
     held_connection: Any
     """The driver's connection, or the stand-in for it; read without asking which process this is."""
+    entry: Any
+    """The pool's entry; None once it has gone back."""
 
     @property
     def dbapi_connection(self) -> Any: ...
@@ -154,8 +156,14 @@ class OwnedConnection:
     def let_go(self) -> None:
         """Take the connection out of `owned_connections`: its owner is about to close it."""
         if owned_connections.get(self._key) is self:
-            del owned_connections[self._key]
+            owned_connections.pop(self._key, None)
             detached_connections.pop(self._key, None)
+
+    def disown(self, connection: Any) -> None:
+        """Let go of a connection that turns out to be another process's, without touching it."""
+        severing.pin(connection)
+        self.sever_socket()
+        self.let_go()
 
     def _collected(self, reference: weakref.ref[Any]) -> None:
         # In a child that has not noticed its fork nothing else would sever it: its destructor is next.

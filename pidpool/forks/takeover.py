@@ -200,7 +200,7 @@ def _take_over(fork: NoticedFork) -> None:
         if connection is None:
             # Detached and dropped before the fork was noticed. An adapter of SQLAlchemy's for asyncio has no
             # weak reference whose end would have severed it
-            # (test_async.py::test_an_async_parent_never_notices).
+            # (tests/pool/test_async.py::test_an_async_parent_never_notices).
             owned.sever_socket()
             continue
         if isinstance(connection, DisownedConnection):

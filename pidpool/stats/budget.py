@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from typing import Protocol
 
 from pidpool.stats.bell import Bell
-from pidpool.stats.process_counters import ENDED, PERMITS, PID, WANTING, ProcessCounters
+from pidpool.stats.process_counters import ENDED, PERMITS, WANTING, ProcessCounters
 from pidpool.stats.robust_lock import RobustLock
 
 # -- the budget's cells in the head of a family's memory
@@ -57,11 +58,11 @@ class Blocks(Protocol):
 class Permit:
     """The right to have one connection open. It is given back at the latest when this object goes."""
 
-    __slots__ = ("_budget",)
+    __slots__ = ("_budget", "__weakref__")
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        budget.held.add(id(self))
+        budget.held[id(self)] = weakref.ref(self)
 
     def is_of(self, budget: Budget) -> bool:
         """Return whether it is one of this budget's: in a forked child its parent's permits are not."""
@@ -94,7 +95,7 @@ class Budget:
         self.wanted = head[WANTED_UNTIL : WANTED_UNTIL + 1]
         """One cell: `WANTED_UNTIL`. Not 0 if a thread of the family may want a permit."""
         self.bell = Bell(head[BELL : BELL + 1])
-        self.held: set[int] = set()
+        self.held: dict[int, weakref.ref[Permit]] = {}
         """The permits of this process, by `id()`. The cell of the block follows under the lock."""
         self._head = head
         self._lock = lock
@@ -128,8 +129,7 @@ class Budget:
 
     def take_back(self, permit: Permit) -> None:
         """Take a permit back. If the lock can't be had, the next use of the budget settles it."""
-        if id(permit) in self.held and self._pid == os.getpid():
-            self.held.discard(id(permit))
+        if self._pid == os.getpid() and self.held.pop(id(permit), None) is not None:
             self.settle()
 
     def settle(self) -> None:
@@ -139,8 +139,15 @@ class Budget:
         Nor can a thread if the process that has it is stopped.
         """
         for _ in range(3):
-            if len(self.held) == self._cells[PERMITS] or not self._lock.run(_LOCK_WAIT, self._settle):
+            if self._count() == self._cells[PERMITS] or not self._lock.run(_LOCK_WAIT, self._settle):
                 return
+
+    def _count(self) -> int:
+        """Return how many permits this process has. One whose end was interrupted is forgotten."""
+        for key, reference in list(self.held.items()):
+            if reference() is None and self.held.get(key) is reference:
+                self.held.pop(key, None)
+        return len(self.held)
 
     def _settle(self) -> None:
         """Have the cells say how many permits this process has; under the lock.
@@ -148,7 +155,7 @@ class Budget:
         A process that is killed in the middle leaves a sum that is right or too high, since its own permits
         count no more.
         """
-        held, cells, head = len(self.held), self._cells, self._head
+        held, cells, head = self._count(), self._cells, self._head
         change = held - cells[PERMITS]
         if change:
             cells[PERMITS] = held
@@ -183,9 +190,10 @@ class Budget:
         """Return whether this process has less than its share, which is one permit at least."""
         return len(self.held) < max(1, self.share())
 
-    def begin_wish(self) -> None:
-        """Count a thread of this process among those that want a permit."""
-        self._counters.add_wanting(1)
+    def begin_wish(self, wait: object) -> None:
+        """Count a thread of this process among those that want a permit, as long as its wait lives."""
+        self._counters.wanting.add(wait)
+        weakref.finalize(wait, self.end_wish).atexit = False
 
     def wish(self) -> None:
         """Say that a thread of this process wants a permit; to be repeated each `POLL` seconds."""
@@ -199,7 +207,6 @@ class Budget:
 
     def end_wish(self) -> None:
         """Say that this thread wants none any more; others repeat their wishes."""
-        self._counters.add_wanting(-1)
         self._head[NEEDED_UNTIL] = self._head[WANTED_UNTIL] = 0
 
     def is_wanted(self) -> bool:
@@ -215,7 +222,10 @@ class Budget:
         return self._head[NEEDED_UNTIL] > time.perf_counter_ns() and len(self.held) > self.share()
 
     def wanting(self) -> int:
-        """Return how many threads of other processes want a permit, as far as they run."""
-        return sum(
-            block[WANTING] for block in self._family.blocks() if not block[ENDED] and block[PID] != self._pid
-        )
+        """Return how many threads of the family want a permit, as far as their processes run.
+
+        Those of this process too: they may wait in another pool of the family, such as the successor of one
+        that was disposed of (tests/pool/test_family_limit.py::test_pools_of_one_process_give_back_too). A
+        thread that waits in the pool that asks takes what is idle there itself.
+        """
+        return sum(block[WANTING] for block in self._family.blocks() if not block[ENDED])

@@ -321,6 +321,7 @@ class Family:
 
     def read_own(self, own: ProcessCounters, name: str) -> PoolStats:
         """Return a snapshot of this process."""
+        own.make_good()
         cells = process_counters.copy_block(own.cells).tolist()
         return self._process_stats(cells, process_counters.sum_slots(cells), name, alive=True)
 

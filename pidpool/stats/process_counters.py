@@ -7,8 +7,9 @@ reader can't see a half-written state, and a process that is killed leaves none.
 connection takes several cells. They stand between two copies of a change count: if the copies differ, the
 identity is not valid.
 
-No two threads write the same cell. The cells of a slot belong to the thread that has its connection checked
-out. All others are written under the lock of the block.
+The cells of a slot belong to the thread that has its connection checked out. All others are written without
+a call between the reading and the writing: CPython switches threads, and calls signal handlers, after calls
+only. There is no lock, which an exception from a signal handler could leave locked.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -137,11 +136,62 @@ class _EntryReference(weakref.ref["Entry"]):
     the entry may have been resurrected, and once only.
     """
 
-    __slots__ = ("key", "number", "slot")
+    __slots__ = ("key", "number")
 
     key: int
     number: int
-    slot: memoryview
+
+
+class _State(Protocol):
+    def __getitem__(self, index: int, /) -> int: ...
+
+
+_fork_state: _State = (1,)
+_noticed_pid: _State = (os.getpid(),)
+
+
+def watch_forks(fork_state: _State, noticed_pid: _State) -> None:
+    """Have each count look whether a fork was noticed.
+
+    :param fork_state: has 0 in a process that was forked and has not noticed it.
+    :param noticed_pid: the process, as far as forks were noticed.
+    """
+    global _fork_state, _noticed_pid
+    _fork_state, _noticed_pid = fork_state, noticed_pid
+
+
+class LiveCount:
+    """Keeps a cell at the number of certain objects that are alive.
+
+    An object counts until it is collected, so an interrupt can't leave it counted.
+    """
+
+    def __init__(self, cells: memoryview, cell: int) -> None:
+        self._cells = cells
+        self._cell = cell
+        self._pid = os.getpid()
+        self._references: set[weakref.ref[object]] = set()
+
+    def add(self, counted: object) -> None:
+        """Count an object."""
+        reference = weakref.ref(counted, self._forget)
+        hash(reference)  # while it can be
+        self._references.add(reference)
+        self.write()
+
+    def write(self) -> None:
+        """Write the number. It is right already, unless a callback was interrupted."""
+        if self._pid != os.getpid():
+            return  # a child collects what its parent has counted
+        for reference in list(self._references):
+            if reference() is None:
+                self._references.discard(reference)
+        while self._cells[self._cell] != len(self._references):  # another thread has counted meanwhile
+            self._cells[self._cell] = len(self._references)
+
+    def _forget(self, reference: weakref.ref[object]) -> None:
+        self._references.discard(reference)
+        self.write()
 
 
 class ProcessCounters:
@@ -153,15 +203,19 @@ class ProcessCounters:
 
     def __init__(self, cells: memoryview, slots: int) -> None:
         self.cells = cells
-        # Reentrant, since a finalizer may count something inside any line here.
-        self._lock = threading.RLock()
         self.is_listed = True
         """False if the family had no room, so that no other process can see the block."""
+        self.waiting = LiveCount(cells, WAITING)
+        """The threads' waits for a connection."""
+        self.wanting = LiveCount(cells, WANTING)
+        """Those of them that want a permit of the family's budget."""
         self._slots = slots
-        self._free: list[int] = []
         # Not fork.current(): inside an at-fork hook that is still the parent.
         self._pid = os.getpid()
-        self._entries: dict[int, _EntryReference] = {}
+        self._owners: dict[int, _EntryReference] = {}
+        """The entries with a slot of their own, by its number."""
+        self._sharing: dict[int, _EntryReference] = {}
+        """The entries that share slot 0, by `id()`."""
 
     def end(self) -> None:
         """Note that this process has the pool no more, though it may run on."""
@@ -171,7 +225,7 @@ class ProcessCounters:
     def entries(self) -> list[Entry]:
         """Return the pool entries that have a slot here."""
         found = []
-        for reference in list(self._entries.values()):
+        for reference in [*self._owners.values(), *self._sharing.values()]:
             entry = reference()
             if entry is not None:
                 found.append(entry)
@@ -183,8 +237,7 @@ class ProcessCounters:
 
     def add_fork(self) -> None:
         """Count a fork, in the parent's at-fork hook: every object that is needed costs a page there."""
-        with self._lock:
-            self.cells[_FORKS] += 1
+        self.cells[_FORKS] += 1
 
     def add_closed(self, reason: CloseReason) -> None:
         """Count a closed connection."""
@@ -205,41 +258,17 @@ class ProcessCounters:
 
     def add_opened(self, create_time: int) -> None:
         """Count a connection that took `create_time` nanoseconds to open."""
-        if not self._is_of_this_process():
-            return
-        with self._lock:
-            self.cells[_CREATE + bucket(create_time)] += 1
-            self.cells[_CREATE_SUM] += create_time
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count this thread among those that wait for a connection.
-
-        If a greenlet goes on in a forked child, leaving the block there changes nothing.
-        """
-        self.add_waiting(1)
-        try:
-            yield
-        finally:
-            self.add_waiting(-1)
-
-    def add_waiting(self, number: int) -> None:
-        """Count threads that wait for a connection."""
-        self._add(WAITING, number)
-
-    def add_wanting(self, number: int) -> None:
-        """Count threads that want a permit of the family's budget."""
-        self._add(WANTING, number)
+        self._add(_CREATE + bucket(create_time))
+        self._add(_CREATE_SUM, create_time)
 
     def _add(self, cell: int, number: int = 1) -> None:
-        if not self._is_of_this_process():
-            return
-        with self._lock:
+        # A signal handler may fork when os.getpid() returns, and after no line below. A child that has not
+        # noticed its fork does not count here, nor one that has counters of its own.
+        if self._is_of_this_process() and (self._pid == _noticed_pid[0]) == (_fork_state[0] != 0):
             self.cells[cell] += number
 
     def _is_of_this_process(self) -> bool:
-        # A child may leave waiting(), which its parent entered. The parent counts that itself, and the
-        # lock may have been held at the fork.
+        # A child may end what its parent has begun, and the parent counts that itself.
         return self._pid == os.getpid()
 
     def assign_slot(self, entry: Entry) -> tuple[int, memoryview]:
@@ -249,35 +278,80 @@ class ProcessCounters:
         counts are right, because CPython does not switch threads between the reading and the writing of
         a cell. Their connections can't be listed.
         """
-        with self._lock:
-            used = max(self.cells[SLOTS_USED], 1)
-            number = self._free.pop() if self._free else used if used < self._slots else 0
-            self.cells[SLOTS_USED] = max(used, number + 1)
-            first = HEAD_CELLS + number * SLOT_CELLS
-            slot = self.cells[first : first + SLOT_CELLS]
-            slot[TAKEN] += 1
-            reference = self._entries[id(entry)] = _EntryReference(entry, self._release_slot)
-            reference.key, reference.number, reference.slot = id(entry), number, slot
+        if not self._is_of_this_process():
+            return 0, SCRATCH  # a child makes the entry, forked in the middle of that
+        reference = _EntryReference(entry, self._release_slot)
+        reference.key = id(entry)
+        number = self._claim_slot(reference)
+        slot = self._slot(number)
+        if self.cells[SLOTS_USED] <= number:
+            self.cells[SLOTS_USED] = number + 1
+        if number:
+            slot[TAKEN] = 1
         return number, slot
+
+    def _claim_slot(self, reference: _EntryReference) -> int:
+        for number in range(1, self._slots):
+            reference.number = number
+            if number not in self._owners and self._owners.setdefault(number, reference) is reference:
+                return number
+        reference.number = 0
+        self._sharing[reference.key] = reference
+        self._count_sharing()
+        return 0
+
+    def _slot(self, number: int) -> memoryview:
+        first = HEAD_CELLS + number * SLOT_CELLS
+        return self.cells[first : first + SLOT_CELLS]
+
+    def _count_sharing(self) -> None:
+        while self.cells[HEAD_CELLS + TAKEN] != len(self._sharing):  # another thread has counted meanwhile
+            self.cells[HEAD_CELLS + TAKEN] = len(self._sharing)
 
     def has_slot(self, entry: Entry) -> bool:
         """Return whether an entry has a slot here; not if it was collected, and then resurrected."""
-        reference = self._entries.get(id(entry))
-        return reference is not None and reference() is entry
+        return self._reference(entry) is not None
+
+    def release_slot(self, entry: Entry) -> None:
+        """Make an entry's slot free, since it has left its pool."""
+        reference = self._reference(entry)
+        if reference is not None:
+            self._release_slot(reference)
+
+    def _reference(self, entry: Entry) -> _EntryReference | None:
+        reference = self._owners.get(entry.slot_number) or self._sharing.get(id(entry))
+        return reference if reference is not None and reference() is entry else None
 
     def _release_slot(self, reference: weakref.ref[Entry]) -> None:
         """Make a collected entry's slot free for the next one, which goes on with its counts."""
         assert isinstance(reference, _EntryReference)
         if not self._is_of_this_process():
             return
-        with self._lock:
-            if self._entries.get(reference.key) is reference:
-                del self._entries[reference.key]
-            reference.slot[TAKEN] -= 1
-            if reference.number:
-                write_connection(reference.slot, None)
-                reference.slot[THREAD] = 0
-                self._free.append(reference.number)
+        if not reference.number:
+            if self._sharing.get(reference.key) is reference:
+                self._sharing.pop(reference.key, None)
+            self._count_sharing()
+            return
+        slot = self._slot(reference.number)
+        try:
+            # Without a call in between, so that no other thread has the slot yet. The last line frees it: if
+            # this is interrupted, `make_good` begins again.
+            if self._owners[reference.number] is reference:
+                slot[_NUMBER] = 0
+                slot[THREAD] = 0
+                slot[TAKEN] = 0
+                del self._owners[reference.number]
+        except KeyError:
+            pass
+
+    def make_good(self) -> None:
+        """Bring up to date what interrupted callbacks have left."""
+        for reference in [*self._owners.values(), *self._sharing.values()]:
+            if reference() is None:
+                self._release_slot(reference)
+        self._count_sharing()
+        self.waiting.write()
+        self.wanting.write()
 
 
 def write_connection(slot: memoryview, tag: ConnectionTag | None) -> None:
@@ -285,7 +359,7 @@ def write_connection(slot: memoryview, tag: ConnectionTag | None) -> None:
     change = (slot[_CHANGE_COPY] + 1) & 0xFFFFFFFF
     slot[_CHANGE] = change
     if tag is None:
-        numbers = (0, 0, 0, 0, 0, 0)
+        numbers: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     else:
         slot[IN_STATE_SINCE] = time.perf_counter_ns()
         numbers = (

@@ -25,8 +25,8 @@ POOL = (
     *("_creator", "_orig_logging_name", "_ConnectionRecord", "reset_rollback", "get_connection"),
 )
 QUEUE_POOL = (
-    *("_do_get", "_do_return_conn", "_inc_overflow", "_dec_overflow", "_queue_class"),
-    *("_overflow", "_max_overflow", "_timeout", "_overflow_lock", "QueueCommon", "_sqla_logger_namespace"),
+    *("_do_get", "_do_return_conn", "_queue_class"),
+    *("_overflow", "_max_overflow", "_timeout", "QueueCommon", "_sqla_logger_namespace"),
 )
 EVENTS = ("_exec_once_mutex", "_exec_w_sync_once", "_exec_w_sync_on_first_run", "_CompoundListener")
 # Renamed in one file alone, as the same word means other things elsewhere.

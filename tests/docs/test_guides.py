@@ -21,7 +21,7 @@ from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 STEP_BOUND = 60
 OF_OTHER_PACKAGES = {"airflow", "mlflow", "superset"}
-"""Guides whose packages have their own virtual environment: see `make test-applications`."""
+"""Applications with a virtual environment of their own; tests/applications/ runs them as the pages say."""
 OF_THE_SYSTEM = {"pgbouncer", "rq"}
 GUIDES = [page for page in pages.PAGES if pages.steps(page)]
 

@@ -4,17 +4,21 @@ that its driver does not give, and what is known of the transaction.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from driver_forks import UNHARMED, is_harmed, run
 from engines import MakeEngine, raw
 from mariadb_server import MariaDB
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
+from pidpool import AsyncPidPool
 from pidpool.drivers import driver_of
 
 pytestmark = pytest.mark.system
@@ -134,3 +138,26 @@ def test_rows_that_were_only_read_are_a_transaction_or_may_be(
         assert state.in_transaction(driver_connection) is True
         connection.commit()
         assert state.in_transaction(driver_connection) is False
+
+
+@pytest.mark.parametrize(("driver", "after_rows"), [("aiomysql", None), ("asyncmy", True)])
+def test_rows_that_were_only_read_under_asyncio(
+    mariadb: MariaDB, driver: str, after_rows: bool | None
+) -> None:
+    async def parent() -> None:
+        engine = create_async_engine(url(mariadb, driver), poolclass=AsyncPidPool)
+        async with engine.connect() as connection:
+            await connection.execute(text("create table if not exists kept (v varchar(20))"))
+            await connection.commit()
+            driver_connection: Any = (await connection.get_raw_connection()).dbapi_connection
+            state = driver_of(driver_connection)
+            assert state.in_transaction(driver_connection) is False
+            await connection.execute(text("select * from kept for update"))
+            assert state.in_transaction(driver_connection) is after_rows
+            await connection.execute(text("insert into kept values ('a')"))
+            assert state.in_transaction(driver_connection) is True
+            await connection.commit()
+            assert state.in_transaction(driver_connection) is False
+        await engine.dispose()
+
+    asyncio.run(parent())

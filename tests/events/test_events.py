@@ -417,6 +417,7 @@ def test_no_event_and_no_error_has_a_secret(
         error = exc.DBAPIError(f"insert into kept values ('{SECRET}')", {"v": SECRET}, Exception(SECRET))
         connection.invalidate(error)
     logged += [repr(engine.pool), engine.pool.status()]
+    logged += [repr(pool_of(engine).stats()), repr(pool_of(engine).family_stats())]
     engine.dispose()
 
     for wrong in (url.replace("//pidpool:", "//nobody:"), url.replace("/postgres", "/nowhere")):

@@ -156,6 +156,7 @@ def test_a_negative_max_overflow_is_no_limit() -> None:
     for connection in connections:
         connection.close()
     assert engine.pool.recreate()._max_overflow == -1  # type: ignore[attr-defined]
+    engine.dispose()
 
 
 class Resource:

@@ -63,6 +63,8 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(options=st.fixed_dictionaries(OPTIONS), slots=st.sampled_from(["ab", "a", "abc", ""]))
     def begin(self, options: dict[str, Any], slots: str) -> None:
+        if options["pool_reset_on_return"] is None:
+            options["pool_pre_ping"] = False  # psycopg2 can't ping in a transaction that was left open
         self.history = History(self.stage, **options)
         self.history.__enter__()
         self.is_over = False

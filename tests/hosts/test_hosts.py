@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from forking import HOWS
 from hosting import BIN, LOG_PREFIX, PROGRAMS, Host, Outcome, Run
 from serving import celery, dramatiq, program, rq, web
 
@@ -80,7 +81,8 @@ HOSTS = [
     Host("uWSGI", uwsgi(), to_all=True),
     Host("uWSGI, master", uwsgi_master()),
     Host("uWSGI, master, threads", uwsgi_master("--enable-threads", "--threads=3")),
-    Host("uWSGI, master, at-fork hooks", uwsgi_master("--enable-threads", "--py-call-osafterfork")),
+    # PyOS_BeforeFork before fork(2), PyOS_AfterFork_Parent and PyOS_AfterFork_Child after it.
+    Host("uWSGI, master, at-fork hooks", uwsgi_master("--enable-threads", "--py-call-uwsgi-fork-hooks")),
     Host("uWSGI, master, max-requests", uwsgi_master("--max-requests=4", "--min-worker-lifetime=0")),
     Host("uWSGI, lazy-apps", uwsgi("--master", "--lazy-apps"), inherits=False),
     Host("uWSGI, gevent", uwsgi_master("--gevent=10", "--gevent-monkey-patch"), says_goodbye=False),
@@ -113,6 +115,9 @@ HOSTS = [
     Host("subprocess with preexec_fn", program("preexec_fn"), workers=12),
     Host("daemons", program("daemons"), workers=6, tasks=6),
 ]
+
+if "c with child hooks" in HOWS:
+    HOSTS.append(Host("uWSGI, hooks of the child", uwsgi_master("--enable-threads", "--py-call-osafterfork")))
 
 
 class Runs:

@@ -110,7 +110,9 @@ class Run:
             self.note("got", checkout.dbapi_connection.number, sorted(checkout.info))  # type: ignore[attr-defined]
             checkout.info["number"] = self.opened
         elif what == "dispose":
-            pool.dispose()
+            if pool.checkedout() == 0:  # type: ignore[attr-defined]
+                # Otherwise QueuePool's count is too low from then on, by each that comes back.
+                pool.dispose()
         elif what == "forget":
             self.error = None
         elif what == "twice":

@@ -59,6 +59,15 @@ def child(function: Callable[[Callable[[], None]], Any]) -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def permits(pool: PidPool) -> int:
     """Return the permits of this process, as its cell has them."""
     return int(pool.pool_events.counters.cells[PERMITS])
@@ -188,20 +197,34 @@ def test_a_connect_event_that_fails_gives_its_permit_back(tls_url: str, make_eng
     assert permits(engine.pool) == 1  # type: ignore[arg-type]
 
 
-def test_a_creator_that_forks_leaves_the_child_with_a_permit_of_its_own() -> None:
+@pytest.mark.parametrize("when", ["at first", "to reconnect"])
+def test_a_creator_that_forks_leaves_the_child_with_a_permit_of_its_own(when: str) -> None:
+    """And with one connection: the one that was opened for the parent's entry is closed."""
     forked: list[int] = []
+    opened: list[OneOfMany] = []
+
+    class OneOfMany(Connection):
+        is_open = True
+
+        def close(self) -> None:
+            self.is_open = False
 
     def create() -> Connection:
-        if not forked:
+        if not forked and (when == "at first" or opened):
             forked.append(os.fork())
-        return Connection()
+        opened.append(OneOfMany())
+        return opened[-1]
 
-    pool = PidPool(create, family_limit=2, timeout=1)
+    pool = PidPool(create, family_limit=2, timeout=10)
+    if when == "to reconnect":
+        pool.connect().invalidate()
+        assert permits(pool) == 0
     connection = pool.connect()
+    found = permits(pool), sum(each.is_open for each in opened), pool.checkedout()
     if forked == [0]:
-        os._exit(0 if permits(pool) == 1 else 1)
+        os._exit(0 if found == (1, 1, 1) else 1)
     assert os.waitpid(forked[0], 0)[1] == 0
-    assert permits(pool) == 1
+    assert found == (1, 1, 1)
     connection.close()
 
 
@@ -462,6 +485,22 @@ def test_more_busy_processes_than_the_limit_take_turns() -> None:
 
         until(all_progress, "a process starves")
         assert pool.family_stats().counters.timeouts == 0
+
+
+def test_pools_of_one_process_give_back_too() -> None:
+    """One that was disposed of while a connection was checked out, and another engine's of the family."""
+    with collector_paused():
+        pool = PidPool(Connection, family_limit=1, timeout=10, family=f"of-one-process-{os.getpid()}")
+        checkout = pool.connect()
+        pool.dispose()
+        successor = pool.recreate()
+        checkout.close()  # into the pool that it came from, which is there until it is collected
+        successor.connect().close()
+        another = PidPool(Connection, family_limit=1, timeout=10, family=pool.pool_events.family.name)
+        another.connect().close()
+        successor.connect().close()
+    successor.dispose()
+    another.dispose()
 
 
 def test_a_reconnecting_entry_does_not_starve_behind_its_own_process() -> None:

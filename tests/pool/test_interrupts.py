@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import exc
@@ -34,6 +40,13 @@ def interrupts() -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, left)
 
 
+class ClosedAtLast(sqlite3.Connection):
+    """Closed when it is lost with an interrupt: Python 3.13 and later warn of one that is not."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
 def test_an_interrupted_close_leaves_no_thread_waiting_for_ever() -> None:
@@ -42,7 +55,7 @@ def test_an_interrupted_close_leaves_no_thread_waiting_for_ever() -> None:
     interrupted = 0
     for _ in range(100):
         pool = PidPool(
-            lambda: sqlite3.connect(":memory:", check_same_thread=False),
+            lambda: sqlite3.connect(":memory:", check_same_thread=False, factory=ClosedAtLast),
             pool_size=1,
             max_overflow=0,
             timeout=0.1,
@@ -73,3 +86,42 @@ def test_an_interrupted_close_leaves_no_thread_waiting_for_ever() -> None:
         assert ended.wait(30), "a thread still waits, though pool_timeout is 0.1 s"
         waiting.join(30)
     assert interrupted
+
+
+PROGRAM = Path(__file__).parent.parent / "programs" / "interrupts.py"
+SOAK = "PIDPOOL_SOAK" in os.environ
+OPERATIONS = [
+    *("checkout, idle", "checkout, opens", "checkout, times out", "checkin", "checkin, overflow"),
+    *("drop", "invalidate", "detach", "dispose"),
+]
+
+
+def harm(pool: str, *arguments: str, copies: str = "1") -> dict[str, Any]:
+    """Return what the interrupts of `tests/programs/interrupts.py` did to a pool."""
+    run = subprocess.run(
+        [sys.executable, str(PROGRAM), pool, *arguments],
+        env={**os.environ, "PIDPOOL_COPIES": copies},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+@pytest.mark.parametrize("copies", ["1", "0"])
+@pytest.mark.parametrize("pool", ["PidPool"] + ["family_limit"] * SOAK)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_interrupt_at_any_bytecode_leaves_the_capacity_whole(
+    operation: str, pool: str, copies: str
+) -> None:
+    """In short at each 13th bytecode, with one error of four."""
+    form = ("--every",) if SOAK else ("--step", "13")
+    found = harm(pool, "--only", operation, *form, copies=copies)[operation]
+    assert found["bytecodes"] > 100
+    assert not found["harmful"]
+
+
+def test_an_interrupt_harms_a_queue_pool() -> None:
+    """Otherwise the test above could not fail."""
+    found = harm("QueuePool", "--only", "checkin", "--most", "2", "--step", "7")
+    assert found["checkin"]["harmful"]

@@ -24,6 +24,7 @@ from waiting import until
 
 from pidpool import tag_of
 from pidpool.forks import detection, gate
+from pidpool.forks.gate import Passage
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 pytestmark = pytest.mark.usefixtures("clean_log")
@@ -91,7 +92,7 @@ def five_sleep(engine: Engine) -> bool:
     """Return whether five threads wait, each past its first short sleep, after which it looks again."""
     pool = pool_of(engine)
     waiters = list(pool._pool._waiters)  # type: ignore[attr-defined]
-    return pool.stats().waiting == 5 and all(waiter.is_due for waiter in waiters)
+    return pool.stats().waiting == 5 and all(waiter().is_due for waiter in waiters)
 
 
 def test_forks_in_c_while_threads_use_the_pool(tls_url: str, make_engine: MakeEngine) -> None:
@@ -418,25 +419,11 @@ def test_the_pools_limits_are_exact_with_64_threads(tls_url: str, make_engine: M
 
 @both_hows
 def test_a_child_forked_inside_a_creator_leaves_the_parents_gate_alone(tls_url: str, how: How) -> None:
-    """Another thread held the gate's lock at the fork: it stays locked in the child."""
-    gate = detection._gate
-    held, let_go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with gate._changed:
-            held.set()
-            assert let_go.wait(BOUND)
-
-    gate.enter_connect()
+    gate, passage = detection._gate, Passage()
+    gate.enter_connect(passage)
     try:
-        holder = threading.Thread(target=hold)
-        holder.start()
-        assert held.wait(BOUND)
-        if how == "python":  # its hook waits for the lock, for a bounded time
-            let_go.set()
-        run_in_child(detection.leave_connect, gate, how=how, life=10)
-        let_go.set()
-        holder.join(BOUND)
+        run_in_child(detection.leave_connect, gate, passage, how=how, life=10)
+        assert gate.in_flight(0) == 1
     finally:
-        detection.leave_connect(gate)
+        detection.leave_connect(gate, passage)
     assert not gate._connecting

@@ -223,10 +223,12 @@ def hung(*_: object) -> None:
     raise TimeoutError("the parent hung")
 
 
+done: dict[str, Any] = {"forks": 0, "committed": 0, "found": 0, "failed": None}
+
+
 async def main() -> None:
     signal.signal(signal.SIGALRM, hung)
     aside = make_engine(NullPool)
-    done: dict[str, Any] = {"forks": 0, "committed": 0, "failed": None}
     async with Closing(aside) as connection:
         await do(connection.execute(text("drop table if exists kept")))
         await do(connection.execute(text("create table kept (v varchar(20))")))
@@ -249,7 +251,6 @@ async def main() -> None:
             done["found"] = rows.count("parent")
     except Exception as error:
         done["failed"] = done["failed"] or f"afterwards: {error}"[:300]
-    print(json.dumps(done), flush=True)
 
 
 class Closing:
@@ -266,6 +267,10 @@ class Closing:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    asyncio.run(main()) if is_async else run_now(main())
+    try:
+        asyncio.run(main()) if is_async else run_now(main())
+    except TimeoutError as error:  # a signal's handler raises between the tasks of a loop
+        done["failed"] = str(error)
+    print(json.dumps(done), flush=True)
     if pool == "queue":
         os._exit(0)  # what is broken may not end

@@ -25,6 +25,10 @@ from pidpool.stats.family import Family
 from pidpool.stats.process_counters import PERMITS
 
 
+class Wish:
+    """Stands for a thread's wait for a permit."""
+
+
 def budget_of(family: Family) -> Budget:
     """Join the family; return this process's budget."""
     budget = family.budget_for(family.join(parent_pid=os.getppid()))
@@ -146,10 +150,11 @@ def take_give_back_and_take_all(family: Family, instruction: int) -> None:
     kept = [budget.take()]
     kept.append(budget.take())
     assert None not in kept
-    budget.begin_wish()
+    wish = Wish()
+    budget.begin_wish(wish)
     budget.wish()
     assert budget.take() is None
-    budget.end_wish()
+    del wish
     kept.clear()  # as garbage
     sys.settrace(None)
 
@@ -301,7 +306,8 @@ def test_a_share_is_of_those_that_have_or_want_permits() -> None:
     assert first.share() == 12
     permits = [first.take()]
     assert third.share() == 12
-    second.begin_wish()
+    wish = Wish()
+    second.begin_wish(wish)
     assert first.share() == 6
     permits += take_all(first)
     assert len(permits) == 12
@@ -310,7 +316,7 @@ def test_a_share_is_of_those_that_have_or_want_permits() -> None:
     permits[0].give_back()  # type: ignore[union-attr]
     assert first.take() is None  # it is for the one that has less
     taken = second.take()
-    second.end_wish()
+    del wish
     assert taken is not None and not first.is_wanted()
 
 
@@ -327,7 +333,8 @@ def test_a_killed_process_that_had_this_ones_pid_has_no_permits() -> None:
 def test_a_killed_process_that_wanted_a_permit_has_no_share() -> None:
     family = Family(5, 10, limit=4)
     budget = budget_of(family)
-    run_in_child(lambda: budget_of(family).begin_wish())
+    wish = Wish()
+    run_in_child(lambda: budget_of(family).begin_wish(wish))
     kept = take_all(budget)
     assert len(kept) == 4 and budget.share() == 4
 
@@ -337,9 +344,11 @@ def test_a_wish_of_a_killed_process_ends(monkeypatch: pytest.MonkeyPatch) -> Non
     budget = budget_of(family)
     kept = take_all(budget)
 
+    wish = Wish()
+
     def child() -> None:
         own = budget_of(family)
-        own.begin_wish()
+        own.begin_wish(wish)
         own.wish()
 
     now = time.perf_counter_ns()

@@ -112,7 +112,7 @@ def test_an_item_handed_to_a_thread_that_is_interrupted_goes_to_the_next() -> No
 
     def interrupt(*_: Any) -> None:
         # As another thread does that returns a connection, one step before this one can go on.
-        queue._waiters.popleft().inbox.append("item")
+        queue._waiters.popleft()().inbox.append("item")
         raise Interrupted
 
     before = signal.signal(signal.SIGALRM, interrupt)

@@ -24,6 +24,7 @@ from sqlalchemy import event, exc, text
 from waiting import until
 
 from pidpool import PidPool
+from pidpool._sqlalchemy.wait import Wait
 from pidpool.stats import family as family_module
 from pidpool.stats import process_counters
 from pidpool.stats.family import Family
@@ -293,16 +294,16 @@ def test_a_listener_may_detach_what_is_checked_out() -> None:
 def test_a_copy_of_a_waiting_thread_takes_nothing_from_its_parents_count() -> None:
     """As gevent's greenlets, which go on in a forked child."""
     pool = fake_pool()
-    waiting = pool.pool_events.counters.waiting()
-    waiting.__enter__()
+    waits = [Wait(pool.pool_events, None)]
+    waits[0].left()
 
     def child() -> int:
-        waiting.__exit__(None, None, None)
+        waits.clear()
         return pool.stats().waiting
 
     assert run_in_child(child) == 0
     assert pool.stats().waiting == 1
-    waiting.__exit__(None, None, None)
+    waits.clear()
     assert pool.stats().waiting == 0
 
 

@@ -15,7 +15,7 @@ UNHARMED = {"forks": FORKS, "committed": FORKS, "failed": None, "found": FORKS}
 
 
 def run(url: str, pool: str, ca: str = "-", **environment: str) -> dict[str, Any]:
-    """Return what the program found; with QueuePool it may have ended otherwise."""
+    """Return what the program found."""
     done = subprocess.run(
         [sys.executable, str(PROGRAM), url, pool, ca],
         capture_output=True,
@@ -24,9 +24,8 @@ def run(url: str, pool: str, ca: str = "-", **environment: str) -> dict[str, Any
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment},
     )
     lines = done.stdout.splitlines()
-    if pool == "pidpool":
-        assert done.returncode == 0 and lines, done.stderr
-    return dict(json.loads(lines[-1])) if lines else {"failed": f"ended with {done.returncode}"}
+    assert done.returncode == 0 and lines, done.stderr
+    return dict(json.loads(lines[-1]))
 
 
 def is_harmed(found: dict[str, Any]) -> bool:

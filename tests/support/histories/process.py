@@ -84,6 +84,7 @@ class HistoryProcess:
         self.channels: list[Channel] = []
         self.before: list[str] = []
         self.detached = 0
+        self.is_unwinding = False
         if collect == "often":
             gc.set_threshold(GC_OFTEN, 5, 5)
             gc.enable()
@@ -111,11 +112,13 @@ class HistoryProcess:
         name, slot = command.pop("do"), command.get("slot")
         try:
             value = getattr(self, f"do_{name}")(**command)
-        except Unwound:
-            if name == "unwind":
-                raise
-            value = None  # in a child: the answer to the command `unwind`
         except Exception as error:
+            if self.is_unwinding:
+                if name == "unwind":
+                    raise
+                # In a child, which now leaves the call that forked it: the answer to the command `unwind`.
+                self.is_unwinding = False
+                return self._state(None)
             answer = {"error": _described(error), **self._give_up(slot)}
             del error
             gc.collect()
@@ -328,10 +331,16 @@ class HistoryProcess:
     # -- commands: processes and threads
 
     def do_thread(self, name: str) -> None:
+        pid = os.getpid()
+
         def run() -> None:
-            with contextlib.suppress(Ended):
-                self.join(name)
-                self.serve()
+            try:
+                with contextlib.suppress(Ended, SystemExit):
+                    self.join(name)
+                    self.serve()
+            finally:
+                if os.getpid() != pid:
+                    os._exit(0)  # a child: if it has other threads it would not end with this one
 
         threading.Thread(target=run, name=name, daemon=True).start()
 
@@ -339,6 +348,7 @@ class HistoryProcess:
         self._fork_once({"how": how})
 
     def do_unwind(self) -> NoReturn:
+        self.is_unwinding = True
         raise Unwound
 
     def do_end(self, way: str) -> NoReturn:

@@ -1,0 +1,402 @@
+"""Interrupts each operation of a pool at each of its bytecodes, and counts those that do harm.
+
+    python tests/programs/interrupts.py             # a table: QueuePool beside PidPool
+    python tests/programs/interrupts.py PidPool     # the harm as JSON, and a line for each harmful bytecode
+
+An interrupt is an exception that a signal handler raises: a soft time limit, KeyboardInterrupt, a killed
+greenlet. Here a tracer raises it. It does harm if the pool afterwards has more or less than its capacity,
+hands one connection to two, blocks a thread for longer than its timeout, or counts something that is not so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any, ClassVar
+
+from sqlalchemy.pool import QueuePool
+
+from pidpool import PidPool
+
+SIZE, OVERFLOW = 2, 1
+CAPACITY = SIZE + OVERFLOW
+TIMEOUT = 0.06
+"""The pools' timeout in seconds."""
+
+SHORT_TIMEOUT = 0.002
+"""That of the pool whose checkout times out, at every bytecode of its wait."""
+
+PATIENCE = {QueuePool: 0.5, PidPool: 20.0}
+"""Seconds after which a thread hangs. QueuePool leaves many hanging: to be sure of each would take long."""
+
+
+class Interrupt(BaseException):
+    """As KeyboardInterrupt or gevent's GreenletExit, for which ``except Exception`` is blind."""
+
+
+class SoftTimeLimit(Exception):
+    """As Celery's SoftTimeLimitExceeded, which ``except Exception`` catches."""
+
+
+class Connection:
+    """A driver's connection that does nothing."""
+
+    alive: ClassVar[weakref.WeakSet[Connection]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.is_closed = False
+        Connection.alive.add(self)
+
+    def cursor(self) -> None: ...
+
+    def rollback(self) -> None: ...
+
+    def commit(self) -> None: ...
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    @classmethod
+    def open(cls) -> int:
+        """Return how many are open."""
+        return sum(not each.is_closed for each in list(cls.alive))
+
+
+# -- interrupting
+
+
+class Interrupter:
+    """Raises an exception at the n-th bytecode executed after `start`; counts them if `at` is None."""
+
+    def __init__(self, at: int | None, error: type[BaseException]) -> None:
+        self.executed = 0
+        self.where: str | None = None
+        self._at = at
+        self._error = error
+
+    def start(self) -> None:
+        sys.settrace(self._trace)
+
+    def stop(self) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if not _is_traced(frame.f_code):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._trace_bytecode
+
+    def _trace_bytecode(self, frame: FrameType, event: str, _: object) -> Any:
+        if event == "opcode":
+            self.executed += 1
+            if self.executed == self._at:
+                sys.settrace(None)  # one interrupt
+                code = frame.f_code
+                self.where = (
+                    f"{code.co_filename.rpartition('site-packages/')[2]}:{frame.f_lineno} {code.co_name}"
+                )
+                raise self._error
+        return self._trace_bytecode
+
+
+_TRACED = (f"{os.sep}pidpool{os.sep}", f"{os.sep}sqlalchemy{os.sep}")
+_TRACED_MODULES = {module.__file__ for module in (threading, weakref, contextlib)}
+"""The parts of the standard library that pools are made of. Not logging, which has locks of its own."""
+
+
+def _is_traced(code: CodeType) -> bool:
+    name = code.co_filename
+    return any(part in name for part in _TRACED) or name in _TRACED_MODULES
+
+
+# -- the operations
+
+
+class Trial:
+    """A pool in the state in which an operation finds it.
+
+    The application keeps what it has in `held`. If an operation is interrupted, it closes what still is valid
+    there, as a ``with`` block does, and forgets it.
+    """
+
+    def __init__(self, make: Callable[..., Any], timeout: float = TIMEOUT) -> None:
+        self.pool = make(Connection, pool_size=SIZE, max_overflow=OVERFLOW, timeout=timeout)
+        self.held: list[Any] = []
+
+    def fill(self, idle: int, held: int) -> None:
+        checkouts = [self.pool.connect() for _ in range(idle + held)]
+        for _ in range(idle):
+            checkouts.pop().close()
+        self.held = checkouts
+
+
+def checkout_of_an_idle_connection(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=1, held=1)
+    yield
+    trial.held.append(trial.pool.connect())
+
+
+def checkout_that_opens_one(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=2)
+    yield
+    trial.held.append(trial.pool.connect())
+
+
+def checkout_that_times_out(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=3)
+    yield
+    trial.held.append(trial.pool.connect())
+
+
+def checkin(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=2)
+    yield
+    trial.held[0].close()
+
+
+def checkin_of_an_overflowing_one(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=2, held=1)
+    yield
+    trial.held[0].close()
+
+
+def drop(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=2)
+    yield
+    del trial.held[0]
+
+
+def invalidate(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=1, held=1)
+    yield
+    trial.held[0].invalidate()
+
+
+def detach(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=1, held=1)
+    yield
+    trial.held[0].detach()
+
+
+def dispose(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=1, held=1)
+    yield
+    trial.pool.dispose()
+
+
+OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
+    "checkout, idle": checkout_of_an_idle_connection,
+    "checkout, opens": checkout_that_opens_one,
+    "checkout, times out": checkout_that_times_out,
+    "checkin": checkin,
+    "checkin, overflow": checkin_of_an_overflowing_one,
+    "drop": drop,
+    "invalidate": invalidate,
+    "detach": detach,
+    "dispose": dispose,
+}
+
+
+# -- what must be so afterwards
+
+
+class Checkouts(threading.Thread):
+    """Checks out as many connections as the pool may have, and one more, in a thread of its own: a lock that
+    the interrupted one has kept would not keep that out."""
+
+    def __init__(self, pool: Any) -> None:
+        super().__init__(daemon=True)
+        self.pool = pool
+        self.found: list[str] = []
+
+    def run(self) -> None:
+        checkouts: list[Any] = []
+        try:
+            checkouts.extend(self.pool.connect() for _ in range(CAPACITY))
+        except Exception as error:
+            self.found.append(f"capacity {len(checkouts)} of {CAPACITY}: {type(error).__name__}")
+            error.__traceback__ = None
+        connections = {id(each.dbapi_connection) for each in checkouts}
+        if len(connections) < len(checkouts):
+            self.found.append("one connection for two")
+        if any(each.dbapi_connection.is_closed for each in checkouts):
+            self.found.append("a closed connection")
+        if Connection.open() > CAPACITY:
+            self.found.append(f"{Connection.open()} connections open at a capacity of {CAPACITY}")
+        if self.pool.checkedout() != len(checkouts):
+            self.found.append(f"checkedout() {self.pool.checkedout()} of {len(checkouts)}")
+        if self.pool.overflow() != len(checkouts) - SIZE:
+            self.found.append(f"overflow() {self.pool.overflow()} of {len(checkouts) - SIZE}")
+        if not self.found:
+            try:
+                self.pool._timeout = 0.0
+                self.pool.connect()
+                self.found.append("more than the capacity")
+            except Exception as error:
+                error.__traceback__ = None
+        for each in checkouts:
+            each.close()
+        del checkouts
+        self._look_at_counts()
+
+    def _look_at_counts(self) -> None:
+        pool, opened = self.pool, Connection.open()
+        if (pool.checkedout(), pool.checkedin()) != (0, SIZE):
+            self.found.append(f"checkedout() {pool.checkedout()}, checkedin() {pool.checkedin()} at the end")
+        if opened > SIZE:
+            self.found.append(f"{opened} connections open at the end")
+        if isinstance(pool, PidPool):
+            stats, family = pool.stats(), pool.family_stats()
+            counts = {
+                "used": (stats.used, 0),
+                "idle": (stats.idle, SIZE),
+                "waiting": (stats.waiting, 0),
+                "overflow": (stats.overflow, 0),
+                "listed": (len(stats.connections), SIZE),
+                "wanting": (stats.wanting, 0),
+                "permits": (stats.permits, 0 if family.limit is None else SIZE),
+                "family's used": (family.used, 0),
+                "family's idle": (family.idle, SIZE),
+            }
+            self.found.extend(
+                f"{name} {is_} of {right}" for name, (is_, right) in counts.items() if is_ != right
+            )
+
+
+def interrupt(
+    make: Callable[..., Any], operation: str, at: int | None, error: type[BaseException], keeps: bool
+) -> tuple[Interrupter, list[str]]:
+    """Run an operation with an interrupt at one bytecode; return what was found to be wrong afterwards.
+
+    :param keeps: whether the application keeps the exception, with its traceback.
+    """
+    Connection.alive = weakref.WeakSet()
+    trial = Trial(make)
+    steps = OPERATIONS[operation](trial)
+    next(steps)
+    if operation.endswith("times out"):
+        trial.pool._timeout = SHORT_TIMEOUT
+    interrupter = Interrupter(at, error)
+    kept: list[Any] = []
+    ignored: list[Any] = []
+    sys.unraisablehook = lambda unraisable: ignored.append(
+        unraisable.exc_value
+    )  # an exception in a finalizer
+    try:
+        interrupter.start()
+        try:
+            next(steps, None)
+        finally:
+            interrupter.stop()
+    except BaseException as caught:
+        # Without the frames above the operation: the application's own keep what they like.
+        caught.__traceback__ = caught.__traceback__ and caught.__traceback__.tb_next
+        if keeps:
+            kept.append(caught)
+    trial.pool._timeout = TIMEOUT
+    if not keeps:
+        ignored.clear()
+    steps.close()
+    if at is None:
+        return interrupter, []
+    for each in trial.held:
+        if each.is_valid:
+            each.close()
+    trial.held.clear()
+    each = None
+    checkouts = Checkouts(trial.pool)
+    checkouts.start()
+    checkouts.join(PATIENCE[type(trial.pool)])
+    if checkouts.is_alive():
+        checkouts.found.append("a thread hangs")
+    sys.unraisablehook = sys.__unraisablehook__
+    return interrupter, checkouts.found
+
+
+def harm(
+    make: Callable[..., Any], operation: str, *, every_variant: bool, step: int = 1, most: int | None = None
+) -> tuple[int, dict[int, list[str]]]:
+    """Interrupt an operation at each bytecode; return their number, and what each harmful one did.
+
+    :param every_variant: whether to do it with each of the variants, not with one after the other.
+    :param step: 1 for each bytecode, 2 for each second one.
+    :param most: the number of harmful bytecodes that are enough.
+    """
+    for _ in range(2):  # the first time something is imported, or made once
+        executed = interrupt(make, operation, None, Interrupt, False)[0].executed
+    found: dict[int, list[str]] = {}
+    for turn, at in enumerate(itertools.count(1, step)):
+        is_over = False
+        for error, keeps in VARIANTS if every_variant else VARIANTS[turn % len(VARIANTS) :][:1]:
+            interrupter, wrong = interrupt(make, operation, at, error, keeps)
+            is_over = interrupter.where is None
+            if wrong and not is_over:
+                kept = "kept" if keeps else "dropped"
+                what = f"{interrupter.where}, {error.__name__} {kept}: {'; '.join(wrong)}"
+                found.setdefault(at, []).append(what)
+        if is_over or len(found) == most:
+            break
+    return max(executed, at - 1), found
+
+
+VARIANTS = list(itertools.product((Interrupt, SoftTimeLimit), (False, True)))
+
+
+def family_limited(*arguments: Any, **options: Any) -> PidPool:
+    return PidPool(*arguments, family_limit=CAPACITY, **options)
+
+
+POOLS: dict[str, Callable[..., Any]] = {
+    "QueuePool": QueuePool,
+    "PidPool": PidPool,
+    "family_limit": family_limited,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pool", nargs="?", choices=POOLS)
+    parser.add_argument("--only", choices=OPERATIONS, nargs="*", help="operations")
+    parser.add_argument("--every", action="store_true", help="each error, kept and dropped, at each bytecode")
+    parser.add_argument("--step", type=int, default=1, help="1 for each bytecode, 2 for each second one")
+    parser.add_argument("--most", type=int, help="so many harmful bytecodes of an operation are enough")
+    arguments = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    pools = [arguments.pool] if arguments.pool else ["QueuePool", "PidPool"]
+    operations = arguments.only or list(OPERATIONS)
+    table: dict[str, dict[str, Any]] = {name: {} for name in pools}
+    if not arguments.pool:
+        print(f"{'interrupted at each bytecode of':32}" + "".join(f"{name:>20}" for name in pools))
+    for operation in operations:
+        for name in pools:
+            executed, found = harm(
+                POOLS[name],
+                operation,
+                every_variant=arguments.every,
+                step=arguments.step,
+                most=arguments.most,
+            )
+            table[name][operation] = {"bytecodes": executed, "harmful": found}
+        if not arguments.pool:
+            cells = (table[name][operation] for name in pools)
+            print(
+                f"{operation:32}" + "".join(f"{len(c['harmful']):>11} of {c['bytecodes']:>5}" for c in cells),
+                flush=True,
+            )
+    if arguments.pool:
+        print(json.dumps(table[arguments.pool], indent=1))
+
+
+if __name__ == "__main__":
+    main()
