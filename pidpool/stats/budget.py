@@ -127,9 +127,13 @@ class Budget:
                 taken.append(Permit(self))
                 self._settle()
 
-        self._lock.run(_LOCK_WAIT, take)
-        self.settle()
-        return taken[0] if taken else None
+        try:
+            self._lock.run(_LOCK_WAIT, take)
+            self.settle()
+            return taken.pop() if taken else None
+        except BaseException:
+            taken.clear()  # the traceback of an interrupt may be kept, and this with it
+            raise
 
     def take_back(self, permit: Permit) -> None:
         """Take a permit back. If the lock can't be had, the next use of the budget settles it."""
