@@ -15,8 +15,9 @@ VERSIONS_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Their short forms are run by `make test`.
-SOAK ?= tests/pool/test_interrupts.py tests/forks/test_within_operations.py tests/forks/test_log_locks.py tests/stats/test_family.py tests/forks/test_many_forks.py \
-        tests/forks/test_transfers.py tests/hosts/test_hosts.py -k 'eight or storm or many or rows'
+SOAK ?= tests/pool/test_interrupts.py tests/forks/test_within_operations.py tests/forks/test_log_locks.py \
+        tests/stats/test_family.py tests/forks/test_many_forks.py tests/forks/test_transfers.py \
+        tests/hosts/test_hosts.py tests/histories/test_histories.py -k 'eight or storm or many or rows'
 
 # Each has a virtual environment of its own, since their pins conflict.
 APPLICATIONS ?= optuna airflow mlflow
@@ -43,7 +44,7 @@ bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (B
 	$(bin)/python -m bench $(BENCH_ARGS)
 
 docs: $(VENV)/.docs ## build the documentation into docs/_build/; a warning is an error
-	$(bin)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet --builder html docs docs/_build
+	$(bin)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet --builder html docs docs/_build .hypothesis
 	@echo "docs/_build/index.html"
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded', PROCESSES=0)
@@ -79,7 +80,7 @@ build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(bin)/python -m build
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-* .versions $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache docs/_build
+	rm -rf .venv .venv-* .versions $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache docs/_build .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.demo: pyproject.toml

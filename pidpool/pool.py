@@ -61,8 +61,8 @@ class PidPool(ClosingQueuePool):
         raises, and so does a checkout if the pool had idle connections, until ``engine.dispose()``.
     :param inherited_sockets: ``"sever"`` replaces the child's descriptor of each inherited socket by
         a dead one, so that the server's session ends with its owner. ``"keep"`` leaves descriptors
-        alone, but for connections in the middle of a driver's call: a child that unwinds the call would
-        otherwise end on the socket what its parent is doing there.
+        alone, but for connections in the middle of a driver's call or with a streamed result: a child that
+        unwinds the call, or fetches, would otherwise do so on the socket of its parent.
     :param hold_warning: seconds; a checkout that lasts longer logs ``checkout.overdue`` once, with the
         line of code that made it, and ``checkout.returned_late`` when it ends. None: no such watch,
         at no cost. Otherwise a daemon thread watches, started with the first checkout.

@@ -51,6 +51,8 @@ class CheckedOutConnection(_ConnectionFairy):
 
     # Few checkouts have one: in the class, and if there is one in the instance's __dict__.
     _detached_from: OwnedConnection | None = None
+    has_streamed: bool = False
+    """Whether a cursor of it may still ask the server for rows, past all doors of the pool."""
     reset_error: BaseException | None = None
     """What the rollback at checkin raised, kept for SQLAlchemy's own checkin to deal with."""
 
@@ -145,7 +147,10 @@ class CheckedOutConnection(_ConnectionFairy):
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         cursor = self.dbapi_connection.cursor(*args, **kwargs)
         # Named, as psycopg2 and psycopg have it.
-        return StreamedCursor(cursor) if (args and args[0]) or kwargs.get("name") else cursor
+        if (args and args[0]) or kwargs.get("name"):
+            self.has_streamed = True
+            return StreamedCursor(cursor)
+        return cursor
 
     def commit(self) -> None:
         self.dbapi_connection.commit()

@@ -38,6 +38,9 @@ class HookedQueuePool(QueuePool):
     # DEBUG lines show the driver's repr of a connection, DSN included.
     _sqla_logger_namespace = "sqlalchemy.pool.impl.PidPool"
 
+    # Not in the instance's dict, which SQLAlchemy's own tests compare with that of a recreated pool.
+    __slots__ = ("members",)
+
     _queue_class: Any = IdleQueue
 
     pool_events: PoolEvents
@@ -222,7 +225,9 @@ class HookedQueuePool(QueuePool):
                     return entry
             left = wait.left()
             if left <= 0:
-                raise self._timed_out(wait.reason)
+                reason = wait.reason
+                del wait  # it counts no more, however long the error's traceback is kept
+                raise self._timed_out(reason)
             if self.waits_in_turns:
                 left = min(left, POLL)
             try:
@@ -243,6 +248,8 @@ class HookedQueuePool(QueuePool):
         """Close what interrupted operations have lost, so that its place is free."""
         for entry in self.members.lost():
             cast(PidPoolEntry, entry).end(None)
+        if self.pool_events.budget is not None:
+            self.pool_events.budget.settle()
 
     def _has_room_again(self) -> bool:
         """Return whether a waiting thread may open a connection: one was lost or closed, not returned."""
@@ -268,7 +275,9 @@ class HookedQueuePool(QueuePool):
                 return permit
             left = wait.left()
             if left <= 0:
-                raise self._timed_out(wait.reason)
+                reason = wait.reason
+                del wait  # it counts no more, however long the error's traceback is kept
+                raise self._timed_out(reason)
             try:
                 self.close_entry(cast(Any, self._pool.get(False)), "given back")
             except sqlalchemy_queue.Empty:

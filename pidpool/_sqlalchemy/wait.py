@@ -40,6 +40,9 @@ class Wait:
         if budget is None:
             return None
         permit = budget.take()
+        if permit is None and self._wanting is None:
+            budget.settle()  # a permit may have been given back by a finalizer that was interrupted
+            permit = budget.take()
         if permit is None:
             if self._wanting is not budget:  # a child, forked meanwhile, has a budget of its own
                 self._wanting = budget

@@ -25,6 +25,9 @@ class Checkout(Protocol):
     entry: Any
     """The pool's entry; None once it has gone back."""
 
+    has_streamed: bool
+    """Whether a cursor of it may still ask the server for rows, past all doors of the pool."""
+
     @property
     def dbapi_connection(self) -> Any: ...
 

@@ -212,7 +212,9 @@ def _take_over(fork: NoticedFork) -> None:
         severing.pin(connection)  # before the socket: from here on its id stays its own
         # A child that was forked in the middle of a driver's call may unwind that call, which then ends on
         # the socket what its parent is doing there (test_takeover.py::test_a_copy_in_flight_is_the_parents).
-        is_in_a_call = not owned.is_severed and checkout is not None and is_busy(connection)
+        is_in_a_call = (
+            not owned.is_severed and checkout is not None and (checkout.has_streamed or is_busy(connection))
+        )
         action: SocketAction = "severed" if owned.sever_socket(even_if_kept=is_in_a_call) else "kept"
         if pool is not None and id(pool) in takeovers:
             place = None if entry is None else entry.checked_out_at

@@ -12,8 +12,10 @@ while it waits: a thread that is killed wants nothing any more.
 from __future__ import annotations
 
 import os
+import sys
 import time
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 from pidpool.stats.bell import Bell
@@ -72,8 +74,10 @@ class Permit:
         """Give it back; does nothing the second time, and in a forked child."""
         self._budget.take_back(self)
 
-    def __del__(self) -> None:
-        self._budget.take_back(self)
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the interpreter's exit modules have lost their names already. The permits end with the process.
+        if not is_ending():
+            self._budget.take_back(self)
 
 
 class Budget:
@@ -123,9 +127,13 @@ class Budget:
                 taken.append(Permit(self))
                 self._settle()
 
-        self._lock.run(_LOCK_WAIT, take)
-        self.settle()
-        return taken[0] if taken else None
+        try:
+            self._lock.run(_LOCK_WAIT, take)
+            self.settle()
+            return taken.pop() if taken else None
+        except BaseException:
+            taken.clear()  # the traceback of an interrupt may be kept, and this with it
+            raise
 
     def take_back(self, permit: Permit) -> None:
         """Take a permit back. If the lock can't be had, the next use of the budget settles it."""

@@ -12,7 +12,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pidpool.stats import budget, error_types, family_memory, process, process_counters
 from pidpool.stats.budget import Budget
@@ -293,8 +293,9 @@ class Family:
         found.sort(key=lambda block: block[JOINED])
         cells = [block.tolist() for block in found]
         sums = [process_counters.sum_slots(each) for each in cells]
+        errors = self.error_types.names()
         processes = [
-            self._process_stats(each, its_sums, name, alive=self.is_alive(block))
+            self._process_stats(each, its_sums, name, errors, alive=self.is_alive(block))
             for block, each, its_sums in zip(found, cells, sums, strict=True)
         ]
         listed = _listed(processes)
@@ -308,7 +309,7 @@ class Family:
             limit=self.limit,
             permits=self._permits(processes),
             counters=process_counters.counters(
-                process_counters.add_blocks([departed[3:].tolist(), *sums]), self.error_types.names()
+                process_counters.add_blocks([departed[3:].tolist(), *sums]), errors
             ),
         )
 
@@ -323,17 +324,18 @@ class Family:
         """Return a snapshot of this process."""
         own.make_good()
         cells = process_counters.copy_block(own.cells).tolist()
-        return self._process_stats(cells, process_counters.sum_slots(cells), name, alive=True)
+        sums = process_counters.sum_slots(cells)
+        return self._process_stats(cells, sums, name, self.error_types.names(), alive=True)
 
-    def _process_stats(self, cells: list[int], sums: list[int], name: str, *, alive: bool) -> PoolStats:
+    def _process_stats(
+        self, cells: list[int], sums: list[int], name: str, errors: Sequence[str], *, alive: bool
+    ) -> PoolStats:
         names = {}
         if alive and cells[PID] == os.getpid():
             # Not enumerate(): a fork in C may have left its lock held.
             threads = list(threading._active.values())  # type: ignore[attr-defined]
             names = {thread.ident: thread.name for thread in threads}
-        return process_counters.pool_stats(
-            cells, sums, name, alive=alive, thread_names=names, errors=self.error_types.names()
-        )
+        return process_counters.pool_stats(cells, sums, name, alive=alive, thread_names=names, errors=errors)
 
     def is_alive(self, block: memoryview) -> bool:
         """Return whether the process of a block still runs, and still has the pool."""

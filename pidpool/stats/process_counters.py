@@ -110,6 +110,7 @@ SLOT_CELLS = USE_SUM + 1
 _identity = struct.Struct("8Q")
 _NONE = (1 << 64) - 1
 """Stands for None in an unsigned cell."""
+_SIGN = 1 << 63
 
 
 def bucket(nanoseconds: int) -> int:
@@ -428,8 +429,8 @@ def pool_stats(
         tag = ConnectionTag(
             connection_id=f"{cells[PID]}-{slot[_NUMBER]}",
             owner_pid=cells[PID],
-            fd=_or_none(slot[_FD]),
-            socket_inode=_or_none(slot[_INODE]),
+            fd=None if slot[_FD] == _NONE else slot[_FD],
+            socket_inode=None if slot[_INODE] == _NONE else slot[_INODE],
             server_pid=_signed_or_none(slot[_SERVER_PID]),
             opened_at=slot[_OPENED_AT] / 1e6,
         )
@@ -489,8 +490,10 @@ def counters(sums: list[int], errors: Sequence[str]) -> Counters:
     slot = sums[HEAD_CELLS:]
     # At once: to look up a member of an enumeration costs more than to read a cell.
     timeouts, invalidations, severed, kept, replaced, refused, forks, overdue = sums[_FIRST_COUNT:_CLOSED]
-    failed = dict(zip(errors, sums[_FAILED:_CREATE], strict=False))
-    failed[error_types.OTHER] = sums[_FAILED + error_types.MOST]
+    failed: dict[str, int] = {}
+    if any(sums[_FAILED:_CREATE]):  # as a rule there is none
+        failed = dict(zip(errors, sums[_FAILED:_CREATE], strict=False))
+        failed[error_types.OTHER] = sums[_FAILED + error_types.MOST]
     create, wait, use = sums[_CREATE:_CREATE_SUM], slot[WAIT:WAIT_SUM], slot[USE:USE_SUM]
     return Counters(
         opened=sum(create),
@@ -522,9 +525,7 @@ def fold(into: memoryview, block: memoryview) -> None:
     into[SLOTS_USED] = 1
 
 
-def _or_none(cell: int) -> int | None:
-    return None if cell == _NONE else cell
-
-
 def _signed_or_none(cell: int) -> int | None:
-    return _or_none(cell) if cell == _NONE or cell < 1 << 63 else cell - (1 << 64)
+    if cell < _SIGN:
+        return cell
+    return None if cell == _NONE else cell - (1 << 64)

@@ -58,6 +58,34 @@ def test_a_streamed_result_stays_the_parents(
 
 
 @both_hows
+def test_a_streamed_result_stays_the_parents_if_sockets_are_kept(
+    tls_url: str, make_engine: MakeEngine, how: How
+) -> None:
+    engine = make_engine(tls_url, inherited_sockets="keep")
+    connection = engine.connect()
+    number = server_pid(connection)
+    result = connection.execute(text("select generate_series(1, 9)"), execution_options={"yield_per": 2})
+    numbers = result.scalars()
+    holder = [connection, numbers]
+    seen = [next(numbers)]
+
+    def child() -> None:
+        connection, numbers = holder
+        with pytest.raises(OperationalError):
+            list(numbers)
+        connection.rollback()
+        assert server_pid(connection) != number
+        connection.close()
+        engine.dispose()
+
+    run_in_child(child, how=how)
+    seen.extend(numbers)
+    assert seen == list(range(1, 10))
+    assert server_pid(connection) == number
+    connection.close()
+
+
+@both_hows
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("action", ["drop", "close", "use"])
 @pytest.mark.parametrize("name", [None, "named"])

@@ -265,6 +265,7 @@ def test_a_child_that_goes_on_has_sessions_of_its_own(
                 found: Any = None
                 with contextlib.suppress(Exception), engine.connect() as first, engine.connect() as second:
                     found = server_pid(first), server_pid(second)
+                engine.dispose()
                 os.write(writer, pickle.dumps(found))
                 os._exit(0)
             assert forker.child is not None
