@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -32,12 +31,10 @@ def _hide_xdists_thread() -> None:
     frames, pid = sys._current_frames, os.getpid()
     hidden = frames().keys() - {threading.get_ident()}
 
-    def without_xdists() -> dict[int, FrameType]:
-        found = frames()
-        if os.getpid() == pid:  # in a forked child another thread may have its number
-            for thread in hidden:
-                found.pop(thread, None)
-        return found
+    def without_xdists() -> dict[int, None]:
+        # Without the frames: one of them is this function's own, and would be in a cycle with its variable.
+        # In a forked child another thread may have the number of xdist's.
+        return dict.fromkeys(frames().keys() - (hidden if os.getpid() == pid else set()))
 
     sys._current_frames = without_xdists
 
