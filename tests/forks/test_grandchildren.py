@@ -93,16 +93,15 @@ def test_a_replaced_connection_is_the_childs_own_also_towards_a_grandchild(engin
 
 
 def test_a_child_that_never_noticed_its_fork_can_fork(engine: Engine) -> None:
-    """The hooks of its own fork meet the locks of threads that don't exist there."""
+    """The hooks of its own fork meet the connects of threads that don't exist there."""
     engine.connect().close()
     held, release = threading.Event(), threading.Event()
 
-    def hold() -> None:
-        with detection._gate._changed:
-            held.set()
-            release.wait(30)
+    def connect() -> None:
+        held.set()
+        release.wait(30)
 
-    thread = threading.Thread(target=hold)
+    thread = threading.Thread(target=detection.hold_forks_during, args=(connect,))
     thread.start()
     assert held.wait(10)
 

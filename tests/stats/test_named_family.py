@@ -297,7 +297,8 @@ def test_what_is_no_plain_file_is_refused(
             PidPool(Connection, family="shop")
 
 
-NOBODY = 65534
+NOBODY = 65534 if os.geteuid() != 65534 else 65533
+"""Another user than the one who runs the tests."""
 
 
 @pytest.fixture
@@ -402,7 +403,7 @@ events = Events()
 pool = PidPool(Connection, family="shop", logger=events.logger)
 pool.connect().close()
 assert "No space left on device" in events.of("family.private")[0]["reason"], events.all
-subprocess.run(["mount", "-o", "remount,ro", "/tmp/pidpool-full"], check=True)
+subprocess.run(["mount", "-o", "remount,bind,ro", "/tmp/pidpool-full"], check=True)
 pool = PidPool(Connection, family="shop2", logger=events.logger)
 pool.connect().close()
 assert "Read-only file system" in events.of("family.private")[1]["reason"], events.all
