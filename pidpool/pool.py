@@ -6,6 +6,7 @@ counts, and what becomes of it in a forked child.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -26,8 +27,9 @@ from pidpool.events import overdue
 from pidpool.events.pool_events import PoolEvents, held_back
 from pidpool.events.user_code import calling_line, forking_lines
 from pidpool.events.watched_checkout import WatchedCheckout
-from pidpool.forks import detection, takeover
+from pidpool.forks import detection, openssl, takeover
 from pidpool.forks.detection import SETTLED, fork_state
+from pidpool.forks.openssl import guarded_threads
 from pidpool.forks.takeover import Takeover
 from pidpool.options.checks import check_choice, check_number
 from pidpool.stats import holders, robust_lock
@@ -186,6 +188,9 @@ class PidPool(HookedQueuePool):
             detection.settle()
         if self._refusal is not None:
             self._refuse_checkout(self._refusal)
+        thread = threading.get_ident()
+        if thread not in guarded_threads:
+            openssl.guard_thread(thread)
         started = time.perf_counter_ns()
         try:
             checkout = check_out(self)
@@ -204,7 +209,7 @@ class PidPool(HookedQueuePool):
         slot[WAIT + (bucket if bucket < LAST_BUCKET else LAST_BUCKET)] += 1
         slot[WAIT_SUM] += waited_ns
         slot[IN_STATE_SINCE] = now
-        slot[THREAD] = threading.get_ident()
+        slot[THREAD] = thread
         is_logged = self.pool_events.is_enabled()
         if is_logged or self.hold_warning is not None:
             self._watch(entry, waited_ns / 1e9, now / 1e9, is_logged)
@@ -364,9 +369,9 @@ class PidPool(HookedQueuePool):
         for tag, state, action, where in takeover.connections:
             self.pool_events.connection_inherited(fork.at, tag, state, action, where, forked_at)
 
-    def log_waiting_events(self) -> None:
-        """Log the events that could not be logged when they happened."""
-        self.pool_events.log_waiting()
+    def log_waiting_events(self, until: float = math.inf) -> None:
+        """Log the events that could not be logged when they happened; none after `until`."""
+        self.pool_events.log_waiting(until)
 
     def replace_inherited(
         self, checkout: CheckedOutConnection, tag: ConnectionTag, driver: Driver, settings: Settings

@@ -22,9 +22,17 @@ Trigger = Literal["hook", "lazy"]
 """What noticed a fork: the at-fork hook of Python, or the first use of a pool."""
 
 CloseReason = Literal[
-    "recycled", "invalidated", "overflow", "disposed", "detached", "failed", "given back", "idle"
+    "recycled",
+    "invalidated",
+    "overflow",
+    "disposed",
+    "detached",
+    "failed",
+    "given back",
+    "idle",
+    "collected",
 ]
-"""Why a process closed a connection that it owns."""
+"""Why a process closed a connection that it owns. Collected: an async checkout was dropped, not closed."""
 
 OnForeign = Literal["replace", "refuse"]
 """What a child does that uses an inherited connection."""

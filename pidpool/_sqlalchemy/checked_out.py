@@ -80,7 +80,10 @@ class CheckedOutConnection(_ConnectionFairy):
                 entry.checkin()
             else:
                 entry.take_part_again()
-                _finalize(entry, self._pool, self._echo)
+                if self._pool._dialect.is_async:
+                    _finalize_async(entry, self._pool, self._echo)
+                else:
+                    _finalize(entry, self._pool, self._echo)
 
     # -- what it holds
 
@@ -228,6 +231,22 @@ def _finalize(entry: PidPoolEntry, pool: Pool, echo: Any) -> None:
         finalize(None, entry, pool, echo, transaction_was_reset=False, is_gc_cleanup=True)
 
 
+def _finalize_async(entry: PidPoolEntry, pool: Any, echo: Any) -> None:
+    """Have SQLAlchemy return the entry of an async checkout that was dropped.
+
+    A finalizer can't wait for a rollback, so the connection is terminated, or dropped if the dialect can't.
+    """
+    owned = entry.owned_now
+    entry.close_reason = "collected"
+    try:
+        _finalize(entry, pool, echo)
+        if owned is not None and not pool._dialect.has_terminate:
+            entry.own_none()
+            pool.pool_events.connection_closed(owned.tag, "collected")
+    finally:
+        entry.close_reason = "recycled"
+
+
 def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
     """Check a connection out by SQLAlchemy's own code, and take the checkout over."""
     theirs: Any = _ConnectionRecord.checkout(pool)  # names their own class
@@ -236,6 +255,8 @@ def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
     if not contract.FINALIZER_TAKES_REFERENCE:
         theirs._finalizer.detach()
     entry = theirs._connection_record
+    if entry.inherited and theirs.dbapi_connection is entry.dbapi_connection:
+        return _check_out_by_sqlalchemy(pool)  # a connect listener has forked, and this is the child
     # In a child forked in the lines above, the entry has the stand-in for the connection that theirs has.
     connection = entry.dbapi_connection if entry.inherited else theirs.dbapi_connection
     ours = CheckedOutConnection(pool, connection, entry, theirs._echo)

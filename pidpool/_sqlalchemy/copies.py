@@ -61,6 +61,8 @@ def make_check_out(checkout_class: Any, by_sqlalchemy: Callable[[Any], Any]) -> 
             except BaseException as error:
                 entry._checkin_failed(error, _fairy_was_created=False)
                 raise
+            if entry.inherited:  # a connect listener has forked, and this is the child
+                return check_out(pool)
         echo = pool.logger.isEnabledFor(debug)
         if echo:
             pool.logger.debug("Connection %r checked out from pool", dbapi_connection)

@@ -16,7 +16,7 @@ from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on
 from pidpool.drivers import driver_of
 from pidpool.events.pool_events import PoolEvents
 from pidpool.events.watched_checkout import WatchedCheckout
-from pidpool.forks import detection, ownership, severing
+from pidpool.forks import detection, openssl, ownership, severing
 from pidpool.forks.detection import FORKED, fork_state
 from pidpool.forks.ownership import Checkout, OwnedConnection
 from pidpool.stats.budget import Permit
@@ -92,6 +92,7 @@ class PidPoolEntry(_ConnectionRecord):
         :param create: SQLAlchemy's function that opens one for an entry.
         """
         connection = create(self)
+        openssl.look(type(connection).__module__)
         if fork_state[0] == FORKED:
             detection.notice_fork()  # the creator has forked: the child's connection is no inherited one
         sever = self.pidpool.inherited_sockets == "sever"

@@ -12,6 +12,9 @@ import time
 import weakref
 from typing import Protocol
 
+from sqlalchemy.exc import InvalidRequestError
+
+from pidpool.forks import openssl
 from pidpool.stats.bell import Bell
 
 LONGEST_SLEEP = 60.0
@@ -39,6 +42,10 @@ def start(pool: LookedAfterPool, bell: Bell | None) -> None:
 
 
 def _run(reference: weakref.ref[LookedAfterPool], bell: Bell | None) -> None:
+    try:
+        openssl.guard_thread(threading.get_ident())
+    except InvalidRequestError:
+        return  # it could close no connection
     while True:
         # Before the look: a ring that comes after it ends the sleep at once.
         heard = 0 if bell is None else bell.heard()

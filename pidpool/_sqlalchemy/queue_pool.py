@@ -187,7 +187,10 @@ class HookedQueuePool(QueuePool):
             counters = self.pool_events.counters  # others if this is a child then, forked in the lines below
             if self._inc_overflow():
                 try:
-                    return self._create_connection()
+                    entry = self._create_connection()
+                    if not cast(PidPoolEntry, entry).inherited:
+                        return entry
+                    continue  # a connect listener has forked: this is the child, and the entry its parent's
                 except BaseException:
                     if counters is self.pool_events.counters:  # otherwise it was counted in the parent
                         self._dec_overflow()
@@ -217,7 +220,10 @@ class HookedQueuePool(QueuePool):
                     try:
                         permit = wait.take_permit(self.pool_events.budget)
                         if permit is not None or self.pool_events.budget is None:
-                            return self._create_connection(permit)
+                            entry = self._create_connection(permit)
+                            if not cast(PidPoolEntry, entry).inherited:
+                                return entry
+                            continue  # as in `_do_get`
                     except BaseException:
                         if counters is self.pool_events.counters:
                             self._dec_overflow()

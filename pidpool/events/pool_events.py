@@ -5,6 +5,7 @@ arguments, so a misspelt or missing one fails the type check.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -348,9 +349,12 @@ class PoolEvents:
         self._waiting.append((function, arguments))
         self._note_waiting()
 
-    def log_waiting(self) -> None:
-        """Log the events that wait."""
-        while self._waiting:
+    def log_waiting(self, until: float = math.inf) -> None:
+        """Log the events that wait.
+
+        :param until: `time.monotonic` after which no further event is logged.
+        """
+        while self._waiting and time.monotonic() < until:
             if self._logger.is_writing or _thread.held_back:
                 self._note_waiting()  # a log handler or a finalizer uses the pool: after it
                 return

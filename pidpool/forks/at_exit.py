@@ -3,6 +3,9 @@ pool afterwards; and what it inherited, if it did nothing but let go of it.
 
 Runs by `atexit`. A child of `multiprocessing` ends without that, and has finalizers of its own. A process
 logs nothing at its end if it was killed, called `os._exit`, or never used the pool after the fork.
+
+An end is not held up: if a log writer is stuck in another thread, nothing is logged, and a slow log loses
+what it has not taken within `LOG_SECONDS`.
 """
 
 from __future__ import annotations
@@ -11,11 +14,15 @@ import atexit
 import logging  # its own atexit handler is registered by this import, and so runs after ours
 import os
 import sys
+import time
 from typing import Any
 
-from pidpool.forks import detection
+from pidpool.forks import detection, log_locks
 from pidpool.forks.detection import UNREPORTED, fork_state
 from pidpool.forks.ownership import owned_connections
+
+LOG_SECONDS = 5.0
+"""Seconds for which a process logs at its end at most. The line that it is in the middle of has no bound."""
 
 _PRIORITY = 100
 """Among multiprocessing's finalizers: its queues are closed with 10, and a log may go through one."""
@@ -36,8 +43,11 @@ def _log() -> None:
         return
     # Quiet if the log is closed already: the process ends, and nothing can be done about it.
     complaining, logging.raiseExceptions = logging.raiseExceptions, False
+    until = time.monotonic() + LOG_SECONDS
     try:
-        detection.settle()
+        # A daemon thread may be in the middle of a line that does not end, on a pipe that nobody reads.
+        if log_locks.are_free(until):
+            detection.settle(until)
     finally:
         logging.raiseExceptions = complaining
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401  for its at-fork hook, see below
 import gc
+import math
 import mmap
 import os
 import sys
@@ -22,7 +23,7 @@ from typing import Protocol
 # have to be registered before ours, so that they run after it. Otherwise a thread that has such a lock would
 # wait in our hook for a connect whose thread waits for the same lock, to fork too
 # (tests/pool/test_threads.py::test_connecting_threads_that_fork_do_not_wait_for_each_other).
-from pidpool.forks import log_locks
+from pidpool.forks import log_locks, openssl
 from pidpool.forks.gate import ConnectGate
 from pidpool.terms import Trigger
 
@@ -103,7 +104,7 @@ class NoticedFork:
 _fork_callbacks: list[Callable[[float], None]] = []
 _hook_callbacks: list[Callable[[bool], bool]] = []
 _child_callbacks: list[Callable[[NoticedFork], None]] = []
-_report_callbacks: list[Callable[[], None]] = []
+_report_callbacks: list[Callable[[float], None]] = []
 
 
 def register_fork_callback(callback: Callable[[float], None]) -> None:
@@ -134,8 +135,11 @@ def register_hook_callback(callback: Callable[[bool], bool]) -> None:
     _hook_callbacks.append(callback)
 
 
-def register_report_callback(report: Callable[[], None]) -> None:
-    """Have `report()` called at the next use of a pool, when logging is allowed and events wait."""
+def register_report_callback(report: Callable[[float], None]) -> None:
+    """Have `report(until)` called at the next use of a pool, when logging is allowed and events wait.
+
+    It begins no event after `until`, which is in seconds of `time.monotonic`.
+    """
     _report_callbacks.append(report)
 
 
@@ -148,14 +152,17 @@ def mark_unreported() -> None:
         fork_state[0] = UNREPORTED
 
 
-def settle() -> None:
-    """Deal with a fork and log what waits; called at a pool's doors when ``fork_state[0]`` is not SETTLED."""
+def settle(until: float = math.inf) -> None:
+    """Deal with a fork and log what waits; called at a pool's doors when ``fork_state[0]`` is not SETTLED.
+
+    :param until: `time.monotonic` after which no further event is logged.
+    """
     if fork_state[0] == FORKED:
         notice_fork()
     if fork_state[0] == UNREPORTED:
         fork_state[0] = SETTLED  # first: a log handler may use a pool
         for report in _report_callbacks:
-            report()
+            report(until)
 
 
 def hold_forks_during(connect: Callable[[], None]) -> float:
@@ -206,6 +213,7 @@ def notice_fork() -> None:
                 callback(fork)
             if not was_hooked:
                 log_locks.renew(in_hook=False)
+            openssl.note_child(is_alone)
             _pid = os.getpid()
             if not is_alone:
                 _gate = ConnectGate()
@@ -245,6 +253,7 @@ def _before_fork() -> None:
     if not _forks_alone:
         _gate.before_fork()
         log_locks.hold()  # after the gate: a thread whose connect is waited for may log
+    openssl.ready_to_fork()
     # Before the fork, when no child can be ahead: events sorted by time have the fork first.
     at = time.time()
     for callback in _fork_callbacks:

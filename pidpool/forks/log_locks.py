@@ -44,6 +44,15 @@ def hold() -> None:
             return
 
 
+def are_free(until: float) -> bool:
+    """Return whether no thread keeps a writer's lock beyond `until`, in seconds of `time.monotonic`."""
+    for lock, _ in _writers():
+        if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            return False
+        lock.release()
+    return True
+
+
 def release() -> None:
     """Give the locks back, after the fork, in the parent and in a child alike."""
     held = _held.pop(threading.get_ident(), [])

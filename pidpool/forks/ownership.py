@@ -67,6 +67,7 @@ class OwnedConnection:
         "permit",
         "is_severed",
         "_connection",
+        "_adapted",
         "_entry",
         "_key",
         "__weakref__",
@@ -95,6 +96,13 @@ class OwnedConnection:
             self._connection = weakref.ref(connection, self._collected)
         except TypeError:  # has no weak references: pyodbc's, SQLAlchemy's asyncio adapters
             self._connection = None
+            try:
+                # Of a collected checkout SQLAlchemy drops the connection if the driver can't close it in a
+                # finalizer, as psycopg
+                # (tests/pool/test_async.py::test_a_collected_checkout_is_closed_as_such).
+                self._adapted = weakref.ref(getattr(connection, "driver_connection", None), self._collected)
+            except TypeError:
+                pass
 
     def entry(self) -> Entry | None:
         """Return the pool entry that the connection was opened for, or None if that is gone."""

@@ -51,7 +51,7 @@ class ForkablePool(ReplacingPool, Protocol):
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace in the child everything that another thread may have held at the fork."""
 
-    def log_waiting_events(self) -> None: ...
+    def log_waiting_events(self, until: float) -> None: ...
 
 
 _pools: dict[int, weakref.ref[ForkablePool]] = {}
@@ -224,18 +224,20 @@ def _put_stand_in(
     pool: ForkablePool,
     state: StateAtFork,
 ) -> None:
-    if checkout is not None and checkout.held_connection is not connection:
-        checkout = None
-    stand_in = DisownedConnection(Inheritance(pool, tag, connection, state, checkout))
-    if checkout is not None:
+    is_held = checkout is not None and checkout.held_connection is connection
+    is_in_entry = entry is not None and entry.dbapi_connection is connection
+    # Of a checkout whose dead connection is just replaced, the entry has the new one already.
+    its_checkout = checkout if is_held or is_in_entry else None
+    stand_in = DisownedConnection(Inheritance(pool, tag, connection, state, its_checkout))
+    if checkout is not None and is_held:
         checkout.held_connection = stand_in
-    if entry is not None and entry.dbapi_connection is connection:
+    if entry is not None and is_in_entry:
         entry.dbapi_connection = stand_in
 
 
-def _log_waiting_events() -> None:
+def _log_waiting_events(until: float) -> None:
     for pool in pools():
-        pool.log_waiting_events()
+        pool.log_waiting_events(until)
 
 
 detection.register_fork_callback(_note_fork)

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LAYOUT = 1
+LAYOUT = 2
 """Grows with every change of what the cells mean."""
 
 DIRECTORY_VARIABLE = "PIDPOOL_FAMILY_DIR"

@@ -66,7 +66,7 @@ class Counters:
     """Connects that failed, by the class of the error: the first eight classes of a family, ``_OTHER`` for
     all further ones."""
     closed: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """By reason: recycled, invalidated, overflow, disposed, detached, failed, given back, idle."""
+    """By reason: recycled, invalidated, overflow, disposed, detached, failed, given back, idle, collected."""
     checkouts: int = 0
     checkins: int = 0
     timeouts: int = 0

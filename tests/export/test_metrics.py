@@ -165,7 +165,10 @@ def test_what_has_not_happened_yet_is_there_as_zero() -> None:
         (
             "pidpool_connections_closed_total",
             "pidpool_reason",
-            ["recycled", "invalidated", "overflow", "disposed", "detached", "failed", "given_back", "idle"],
+            [
+                *("recycled", "invalidated", "overflow", "disposed", "detached"),
+                *("failed", "given_back", "idle", "collected"),
+            ],
         ),
         ("pidpool_connections_failed_total", "error_type", ["OperationalError"]),
         ("pidpool_inherited_total", "pidpool_state", ["idle", "no_transaction", "in_transaction", "unknown"]),

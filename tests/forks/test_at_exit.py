@@ -139,6 +139,60 @@ def test_a_log_through_a_queue_of_multiprocessing_does_not_hold_up_the_end(
     run("queue of multiprocessing", postgres, tmp_path / "log")
 
 
+SLOW_END = """
+import atexit, os, sys, threading
+atexit.register(lambda: print(len(log.lines) - before))  # the first to be registered runs last
+import structlog
+from sqlalchemy import create_engine
+from pidpool import PidPool
+from pidpool.forks import at_exit
+
+class Log:
+    def __init__(self):
+        self.lines = []
+    def write(self, line):
+        if line.strip():
+            self.lines.append(line)
+            entered.set()
+            if self is stuck or at_end:
+                threading.Event().wait(None if self is stuck else 0.1)
+    def flush(self): ...
+
+entered, stuck, at_end = threading.Event(), None, False
+at_exit.LOG_SECONDS = 0.5
+log = Log()
+structlog.configure(
+    processors=[structlog.processors.JSONRenderer()], logger_factory=structlog.WriteLoggerFactory(log)
+)
+engine = create_engine("sqlite://", poolclass=PidPool)
+connection = engine.connect()
+for _ in range(40):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+before = len(log.lines)
+at_end = True
+if sys.argv[1] == "stuck":
+    stuck = log
+    entered.clear()
+    threading.Thread(target=structlog.get_logger().info, args=("not read",), daemon=True).start()
+    entered.wait()
+"""
+
+
+@pytest.mark.parametrize("log", ["stuck", "slow"])
+def test_a_log_that_does_not_go_on_does_not_hold_up_the_end(log: str) -> None:
+    """A thread is in the middle of a line for ever; or 40 events wait, and each takes the log 0.1 s."""
+    program = [sys.executable, "-c", SLOW_END, log]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    if log == "stuck":
+        assert int(done.stdout) == 1  # the thread's own line
+    else:
+        assert 1 <= int(done.stdout) <= 5
+
+
 def test_multiprocessing_is_not_imported_for_it() -> None:
     program = "import os, sys, pidpool\nif os.fork() == 0: os._exit('multiprocessing' in sys.modules)\n"
     program += "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))"

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from events import Events
 from forking import How, run_in_child
 from parent import bytes_on_the_wire
 from sqlalchemy import text
@@ -175,6 +176,37 @@ def test_kept_sockets(postgres: EmbeddedPostgres, driver: str) -> None:
             await connection.close()
 
     asyncio.run(parent())
+
+
+@both_drivers
+@pytest.mark.filterwarnings("ignore:The garbage collector is trying to clean up:sqlalchemy.exc.SAWarning")
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")  # psycopg's own
+def test_a_collected_checkout_is_closed_as_such(postgres: EmbeddedPostgres, driver: str) -> None:
+    """SQLAlchemy terminates asyncpg's connection, and drops psycopg's."""
+
+    async def collect() -> None:
+        events = Events()
+        options: Any = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5, "family_limit": 1}
+        async with an_engine(postgres.url(driver=driver), logger=events.logger, **options) as engine:
+            pool = engine.pool
+            assert isinstance(pool, AsyncPidPool)
+            tags = []
+            for _ in range(3):  # each needs the permit of the one before
+                connection: AsyncConnection | None = await engine.connect()
+                assert connection is not None
+                await connection.rollback()
+                tags.append(tag_of(connection))
+                del connection
+                gc.collect()
+                assert (pool.checkedin(), pool.stats().connections) == (1, ())
+            pool.log_waiting_events()
+            closed = [(event["reason"], event["connection_id"]) for event in events.of("connection.closed")]
+            assert closed == [("collected", tag and tag.connection_id) for tag in tags]
+            assert pool.stats().counters.closed["collected"] == 3
+            async with engine.connect() as connection:
+                await server_pid(connection)
+
+    asyncio.run(collect())
 
 
 def test_the_transaction_state_is_read_without_the_server(postgres: EmbeddedPostgres) -> None:

@@ -118,6 +118,7 @@ def test_a_snapshot_shows_the_state_of_the_pool(tls_url: str, make_engine: MakeE
         "failed": 0,
         "given back": 0,
         "idle": 0,
+        "collected": 0,
     }
     detached = engine.connect()
     detached.detach()

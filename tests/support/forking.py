@@ -88,6 +88,45 @@ def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", 
     return value
 
 
+def run_on_both_sides(
+    function: Callable[[Callable[[], None]], Any], *, how: How = "python", life: float = LIFE
+) -> tuple[Any, Any]:
+    """Call `function(fork_once)`, which forks in its middle and goes on in both processes.
+
+    Return what it returned in this process and in the child; the latter has to be picklable.
+    """
+    parent, pids = os.getpid(), []
+    reader, writer = os.pipe()
+
+    def fork_once() -> None:
+        if not pids:
+            pids.append(fork(how))
+
+    try:
+        answer = True, function(fork_once)
+    except BaseException:
+        if os.getpid() == parent:
+            raise
+        answer = False, traceback.format_exc()
+    if os.getpid() != parent:
+        try:
+            os.write(writer, pickle.dumps(answer))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    childs, hung = _read_all(reader, time.monotonic() + life)
+    os.close(reader)
+    if hung:
+        os.kill(pids[0], signal.SIGKILL)
+    os.waitpid(pids[0], 0)
+    if hung or not childs:
+        raise ChildFailed(f"child {pids[0]} gave no answer, hung: {hung}")
+    succeeded, value = pickle.loads(childs)
+    if not succeeded:
+        raise ChildFailed(f"child {pids[0]} raised:\n{value}")
+    return answer[1], value
+
+
 def has_ended(pid: int) -> bool:
     """Return whether a child has ended; it is still to be reaped."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
