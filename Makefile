@@ -44,7 +44,7 @@ bench: $(VENV)/.bench ## measure what it costs to switch, into bench/results/ (B
 	$(bin)/python -m bench $(BENCH_ARGS)
 
 docs: $(VENV)/.docs ## build the documentation into docs/_build/; a warning is an error
-	$(bin)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet --builder html docs docs/_build .hypothesis
+	$(bin)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet --builder html docs docs/_build
 	@echo "docs/_build/index.html"
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded', PROCESSES=0)
