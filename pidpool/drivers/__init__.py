@@ -69,9 +69,7 @@ def unknown_driver(connection: object) -> str | None:
     """Return the package of a connection's driver if pidpool does not know it, otherwise None."""
     if driver_of(connection) is not _UNKNOWN:
         return None
-    if isinstance(connection, AdaptedConnection):
-        connection = connection.driver_connection
-    return type(connection).__module__.partition(".")[0]
+    return type(under_adapter(connection) or connection).__module__.partition(".")[0]
 
 
 def sockets_before(name: str | None) -> Sockets | None:
