@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -46,10 +47,35 @@ def fork(how: How) -> int:
     alone (uWSGI's ``py-call-osafterfork``)."""
     if how == "python":
         return os.fork()
+    _let_threads_sleep()
     pid: int = _libc_with_gil.fork()
     if pid == 0 and how == "c with child hooks":
         ctypes.pythonapi.PyOS_AfterFork_Child()
     return pid
+
+
+def _let_threads_sleep() -> None:
+    """Wait until all other threads of this process sleep.
+
+    Before a fork in C: if one of them is being woken to take the GIL just then, the child waits for it for
+    ever, when it next gives the GIL up, in the C library's condition variable
+    (``__condvar_quiesce_and_switch_g1`` under ``drop_gil``). It does so without any pool, and on Python alone
+    can be cured: by the at-fork hooks that such a fork does not run.
+    """
+    me = threading.get_native_id()
+
+    def states() -> set[str]:
+        found = set()
+        time.sleep(0.001)  # without the GIL: whoever waits for it is awake now
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if int(thread) != me:
+                    with open(f"/proc/self/task/{thread}/stat") as file:
+                        found.add(file.read().rpartition(") ")[2][0])
+        return found
+
+    if len(os.listdir("/proc/self/task")) > 1:
+        until(lambda: states() | states() <= {"S"}, "another thread runs", patience=10, interval=0)
 
 
 def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", life: float = LIFE) -> Any:

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from events import Events
@@ -111,7 +112,8 @@ class HistoryProcess:
     def _answer(self, command: dict[str, Any]) -> dict[str, Any]:
         name, slot = command.pop("do"), command.get("slot")
         try:
-            value = getattr(self, f"do_{name}")(**command)
+            with self._patient(command.pop("patience", None)):
+                value = getattr(self, f"do_{name}")(**command)
         except Exception as error:
             if self.is_unwinding:
                 if name == "unwind":
@@ -124,6 +126,18 @@ class HistoryProcess:
             gc.collect()
             return answer
         return {"value": value, **self._state(slot)}
+
+    @contextlib.contextmanager
+    def _patient(self, seconds: float | None) -> Iterator[None]:
+        """Have the pool wait for so long at most; None for as long as its options say."""
+        pool: Any = self.engine.pool
+        timeout = pool._timeout
+        if seconds is not None:
+            pool._timeout = seconds
+        try:
+            yield
+        finally:
+            pool._timeout = timeout
 
     def _give_up(self, slot: Any) -> dict[str, Any]:
         """Roll back after an error, as an application does."""
@@ -312,9 +326,11 @@ class HistoryProcess:
         ended with."""
         found: list[Any] = []
         try:
-            for _ in range(capacity + 1):
+            for _ in range(capacity):
                 found.append(self.engine.connect())
                 assert found[-1].exec_driver_sql("select 1").scalar() == 1
+            with self._patient(0.05):
+                found.append(self.engine.connect())
             return [len(found), None]
         except Exception as error:
             return [len(found), _described(error)]
