@@ -116,8 +116,10 @@ class Machine(RuleBasedStateMachine):
         return threads[which % len(threads)]
 
     def is_possible(self, slot: Slot, what: str) -> bool:
-        if what in ("commit", "rollback", "begin", "write", "lock", "listen", "close", "drop"):
+        if what in ("commit", "rollback", "begin", "write", "lock", "listen", "close"):
             return True
+        if what == "drop":
+            return not slot.is_in_a_frame
         if what in ("release", "roll_back_to_savepoint"):
             return bool(slot.savepoints)
         if what == "unlock":

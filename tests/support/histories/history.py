@@ -69,6 +69,8 @@ class Slot:
     """It has raised an expected error: the next operation may raise too."""
     thread: str | None = None
     """The thread that is in the middle of a statement on it."""
+    is_in_a_frame: bool = False
+    """It is in a frame of a thread that a fork has ended, for ever: it can be closed, but not collected."""
 
     @property
     def is_bound(self) -> bool:
@@ -940,6 +942,7 @@ class History:
             inherited.savepoints = [0] * len(slot.savepoints)
             inherited.next_row = None if slot.next_row is None else 0
             inherited.is_suspect = slot.is_suspect and state is None
+            inherited.is_in_a_frame = slot.is_in_a_frame or slot.thread is not None
             child.slots[slot.name] = inherited
 
     def _notice_before_unwinding(self, p: Process) -> None:
