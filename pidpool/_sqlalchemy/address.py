@@ -27,7 +27,8 @@ def address_of(creator: Any) -> str | None:
     if getattr(creator, "__module__", None) != "sqlalchemy.engine.create":
         return None  # the application's own
     passed = inspect.getclosurevars(creator).nonlocals
-    keywords, arguments = passed.get("cparams"), passed.get("cargs_tup")
+    # The arguments' name is cargs up to SQLAlchemy 2.0.47.
+    keywords, arguments = passed.get("cparams"), passed.get("cargs_tup", passed.get("cargs"))
     if not isinstance(keywords, Mapping) or not isinstance(arguments, list | tuple):
         return None  # another version of SQLAlchemy, whose pools then have numbers
     if getattr(passed.get("dialect"), "name", None) == "sqlite":

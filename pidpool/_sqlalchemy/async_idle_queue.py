@@ -1,21 +1,22 @@
-"""`AsyncIdleQueue`: the queue of idle connections under asyncio. An item that is there is got, and one for
-which no task waits is put, without asyncio's queue; that one has only what tasks wait for.
+"""`AsyncIdleQueue`: the queue of idle connections under asyncio. It keeps the list of waiting tasks itself,
+so that a cancelled task ends on every version of Python.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 from sqlalchemy.util import queue as sqlalchemy_queue
 
-from pidpool._sqlalchemy import contract  # noqa: F401  checks what is relied on here
+from pidpool._sqlalchemy.asyncio_adapter import await_only
 
 _T = TypeVar("_T")
 
 
-class AsyncIdleQueue(sqlalchemy_queue.AsyncAdaptedQueue[_T]):
+class AsyncIdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
     """A queue with the interface of `sqlalchemy.util.queue.AsyncAdaptedQueue`.
 
     For the tasks of one event loop. An item that was put for a waiting task is that task's: a task that asks
@@ -26,10 +27,14 @@ class AsyncIdleQueue(sqlalchemy_queue.AsyncAdaptedQueue[_T]):
     """
 
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
-        super().__init__(maxsize, use_lifo)
+        self.maxsize = maxsize
+        self.use_lifo = use_lifo
         self._items: deque[_T] = deque()
         self._pop = self._items.pop if use_lifo else self._items.popleft
-        self._waiting = 0
+        # One for each task that waits, the longest first.
+        self._waiters: deque[asyncio.Future[_T]] = deque()
+        # Items put for a task that has not run since.
+        self._under_way = 0
 
     def get(self, block: bool = True, timeout: float | None = None) -> _T:
         """Get an item, waiting for `timeout` seconds at most.
@@ -41,28 +46,47 @@ class AsyncIdleQueue(sqlalchemy_queue.AsyncAdaptedQueue[_T]):
         except IndexError:
             if not block:
                 raise sqlalchemy_queue.Empty from None
-        self._waiting += 1
+        item: _T = await_only(self._wait(timeout))
+        return item
+
+    async def _wait(self, timeout: float | None) -> _T:
+        waiter: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._hand_out()  # what a finalizer has put since the queue was found empty
         try:
-            return super().get(True, timeout)
-        finally:
-            self._waiting -= 1
-            if not self._waiting:  # what came too late for a task that has given up
-                while not super().empty():
-                    self._items.append(super().get_nowait())
+            # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes just after the item.
+            await asyncio.wait([waiter], timeout=timeout)
+        except BaseException:
+            if self._is_served(waiter):
+                self.put(waiter.result())
+            raise
+        if not self._is_served(waiter):
+            raise sqlalchemy_queue.Empty
+        return waiter.result()
+
+    def _is_served(self, waiter: asyncio.Future[_T]) -> bool:
+        """Return whether an item was put for this task, which waits no longer."""
+        if waiter.done():
+            self._under_way -= 1
+            return True
+        self._waiters.remove(waiter)
+        return False
 
     def put(self, item: _T, block: bool = True, timeout: float | None = None) -> None:
         """Put an item; never waits.
 
         :raises sqlalchemy.util.queue.Full: if there are `maxsize` already.
         """
-        if self._waiting:
-            if self.full():
-                raise sqlalchemy_queue.Full
-            super().put_nowait(item)
-        elif 0 < self.maxsize <= len(self._items):
+        if 0 < self.maxsize <= len(self._items) + self._under_way:
             raise sqlalchemy_queue.Full
-        else:
-            self._items.append(item)
+        self._items.append(item)
+        if self._waiters:
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self._waiters and self._items:
+            self._waiters.popleft().set_result(self._pop())
+            self._under_way += 1
 
     def keep(self, item: _T) -> _T | None:
         """Put an item; never waits. Return it if there is no room."""
@@ -82,7 +106,7 @@ class AsyncIdleQueue(sqlalchemy_queue.AsyncAdaptedQueue[_T]):
 
     def qsize(self) -> int:
         """Return how many items are there."""
-        return len(self._items) + int(super().qsize())  # type: ignore[no-untyped-call]
+        return len(self._items) + self._under_way
 
     def empty(self) -> bool:
         """Return whether there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -22,12 +23,20 @@ def renew_first_connect(dispatch: Any) -> None:
         listeners = getattr(dispatch, name)
         if not isinstance(listeners, attr._CompoundListener):
             continue  # nothing has listened or connected yet: there is no mutex
-        if listeners._exec_once_mutex is not None:
-            listeners._exec_once_mutex = None
+        _forget_mutex(listeners)
         if listeners._exec_w_sync_once:
             continue
         for listener in chain(listeners.parent_listeners, listeners.listeners):
             _give_first_run_back(listener)
+
+
+def _forget_mutex(listeners: Any) -> None:
+    """The next use makes another one."""
+    if hasattr(listeners, "_get_exec_once_mutex"):
+        listeners._exec_once_mutex = None
+    else:  # before SQLAlchemy 2.0.44: an attribute that is made when it is not there
+        with suppress(AttributeError):
+            del listeners._exec_once_mutex
 
 
 def _give_first_run_back(listener: Any) -> None:

@@ -4,6 +4,7 @@ them in a transaction. All rows that were reported are there, and the server's l
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,14 +40,19 @@ def gunicorn(
 def uwsgi(*options: str) -> Callable[[Run], None]:
     return web(
         *(str(BIN / "uwsgi"), "--processes=2", "--http-socket={socket}", "--module=wsgi:application"),
-        *("--need-app", "--die-on-term", f"--virtualenv={BIN.parent}", *options),
+        *("--need-app", f"--virtualenv={BIN.parent}", *options),
     )
+
+
+# By itself uWSGI ends a worker at once, and without exit handlers if it is in a request, as it may be after
+# its answer has arrived. Its connections would be broken off. So it ends its request first.
+GRACEFULLY = "--hook-master-start=unix_signal:15 gracefully_kill_them_all"
 
 
 def uwsgi_master(*options: str) -> Callable[[Run], None]:
     # The master runs no exit handlers of Python's.
     commit = "--hook-as-user-atexit=call:PyRun_SimpleString import shop; shop.end()"
-    return uwsgi("--master", "--hook-as-user-atexit=call:PyGILState_Ensure", commit, *options)
+    return uwsgi("--master", GRACEFULLY, "--hook-as-user-atexit=call:PyGILState_Ensure", commit, *options)
 
 
 def uvicorn(*options: str) -> Callable[[Run], None]:
@@ -78,13 +84,13 @@ HOSTS = [
     Host("gunicorn gthread, preload", gunicorn("gthread", "--threads=3", "--preload")),
     Host("gunicorn gevent", gunicorn("gevent"), inherits=False),
     Host("gunicorn gevent, preload", gunicorn("gevent", "--preload")),
-    Host("uWSGI", uwsgi(), to_all=True),
+    Host("uWSGI", uwsgi(), ends_by=signal.SIGHUP),
     Host("uWSGI, master", uwsgi_master()),
     Host("uWSGI, master, threads", uwsgi_master("--enable-threads", "--threads=3")),
     # PyOS_BeforeFork before fork(2), PyOS_AfterFork_Parent and PyOS_AfterFork_Child after it.
     Host("uWSGI, master, at-fork hooks", uwsgi_master("--enable-threads", "--py-call-uwsgi-fork-hooks")),
     Host("uWSGI, master, max-requests", uwsgi_master("--max-requests=4", "--min-worker-lifetime=0")),
-    Host("uWSGI, lazy-apps", uwsgi("--master", "--lazy-apps"), inherits=False),
+    Host("uWSGI, lazy-apps", uwsgi("--master", GRACEFULLY, "--lazy-apps"), inherits=False),
     Host("uWSGI, gevent", uwsgi_master("--gevent=10", "--gevent-monkey-patch"), says_goodbye=False),
     Host(
         "gunicorn uvicorn-worker, preload",

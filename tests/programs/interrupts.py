@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -107,6 +108,14 @@ class Interrupter:
                 )
                 raise self._error
         return self._trace_bytecode
+
+
+def forget_what_tracing_noted(error: BaseException | None) -> None:
+    """In Python 3.10 a traced frame has a copy of its local variables, which only reading it renews."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            _ = frame.f_locals
+        error = error.__context__
 
 
 _TRACED = (f"{os.sep}pidpool{os.sep}", f"{os.sep}sqlalchemy{os.sep}")
@@ -306,6 +315,8 @@ def interrupt(
     trial.pool._timeout = TIMEOUT
     if not keeps:
         ignored.clear()
+    for each in kept + ignored:
+        forget_what_tracing_noted(each)
     steps.close()
     if at is None:
         return interrupter, []

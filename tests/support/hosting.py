@@ -70,8 +70,8 @@ class Host:
     tasks: int = 12
     system: bool = False
     """Whether it needs a package of the system's: Redis."""
-    to_all: bool = False
-    """Whether SIGTERM has to go to the workers too."""
+    ends_by: signal.Signals | None = None
+    """A signal to all processes, workers included, that ends them; None for SIGTERM to the first one."""
     says_goodbye: bool = True
     """Whether its workers run Python's exit handlers. If not, they break off their connections, and the log
     is read before."""
@@ -144,8 +144,10 @@ class Run:
             self.held_sessions_heard_nothing()
             if not self.host.says_goodbye:
                 self.complaints = self.read_complaints()
-            # To all of them, as systemd does: a uWSGI without a master hands nothing on.
-            os.killpg(process.pid, signal.SIGTERM) if self.host.to_all else process.terminate()
+            if self.host.ends_by is None:
+                process.terminate()
+            else:  # a uWSGI without a master hands nothing on
+                os.killpg(process.pid, self.host.ends_by)
             try:
                 process.wait(self.patience)
                 until(lambda: not members(process.pid), f"{self.name} leaves processes behind", self.patience)
