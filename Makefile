@@ -14,11 +14,6 @@ BENCH_ARGS ?=
 VERSIONS_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
-# Their short forms are run by `make test`.
-SOAK ?= tests/pool/test_interrupts.py tests/forks/test_within_operations.py tests/forks/test_log_locks.py \
-        tests/stats/test_family.py tests/forks/test_many_forks.py tests/forks/test_transfers.py \
-        tests/hosts/test_hosts.py tests/histories/test_histories.py -k 'eight or storm or many or rows'
-
 # Each has a virtual environment of its own, since their pins conflict.
 APPLICATIONS ?= optuna airflow mlflow
 airflow := apache-airflow-core apache-airflow-providers-standard asyncpg
@@ -60,7 +55,7 @@ test-applications: $(VENV)/.dev $(APPLICATIONS:%=.venv-%/.made) ## run applicati
 	$(bin)/python -m pytest $(APPLICATIONS:%=tests/applications/test_%.py) $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## run the long forms of the tests that have one: about an hour
-	PIDPOOL_SOAK=1 PIDPOOL_FORKS=20000 $(bin)/python -m pytest --timeout=3600 $(SOAK)
+	PIDPOOL_SOAK=1 $(bin)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
 
 sqlalchemy-suite: $(VENV)/.dev ## run SQLAlchemy's own pool tests on pidpool
 	$(bounded) $(bin)/python tests/_sqlalchemy/suite.py

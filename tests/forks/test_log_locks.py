@@ -21,18 +21,19 @@ import structlog
 from engines import MakeEngine
 from forking import HOWS, How, run_in_child
 from parent import Parent
+from soak import SOAK
 from sqlalchemy import text
 from waiting import until
 
 from pidpool.forks import log_locks
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
-SOAK = os.environ.get("PIDPOOL_SOAK") == "1"
 FORKS = {"python": 2000 if SOAK else 20, "c with child hooks": 2000 if SOAK else 10}
 
 TESTS = Path(__file__).parent.parent
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(3600 if SOAK else 120)
 @pytest.mark.parametrize("how", [how for how in HOWS if how != "c"])
 @pytest.mark.parametrize(

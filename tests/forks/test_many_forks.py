@@ -19,13 +19,13 @@ import pytest
 from engines import MakeEngine
 from forking import How, fork
 from parent import Parent
+from soak import SOAK
 from sqlalchemy import text
 
 from pidpool import PidPool
 from pidpool.forks import ownership
 
 FORKS = int(os.environ.get("PIDPOOL_FORKS", "1000"))
-SOAK = "PIDPOOL_SOAK" in os.environ
 FORKS_OF_MANY = 10_000 if SOAK else 500
 A_CHILD_USES = 50  # one child in so many opens a connection of its own
 GROWTH = 64 * 1024  # bytes in all, for what Python's own caches take; one object a fork would be more
@@ -101,6 +101,7 @@ def test_nothing_of_many_forks_stays_in_the_parent(tls_url: str, make_engine: Ma
     parent.notices_nothing()
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600 if SOAK else 120)
 def test_forks_with_many_connections_stay_as_cheap_as_they_were() -> None:
     """In a program of its own, without other threads: as the parent of most workers."""

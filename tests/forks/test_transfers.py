@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from soak import SOAK
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
-SOAK = "PIDPOOL_SOAK" in os.environ
 FORKS = int(os.environ.get("PIDPOOL_FORKS", "20000")) if SOAK else 100
 BOUND = 7200 if SOAK else 110
 
@@ -29,6 +29,7 @@ def database(postgres: EmbeddedPostgres) -> Iterator[str]:
         connection.execute(text("drop table if exists accounts, transfers"))
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("clean_log")
 @pytest.mark.timeout(BOUND + 10)
 def test_many_forks_while_threads_commit_transfers(database: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from engines import MakeEngine
 from forking import How, fork
 from parent import server_pid
+from soak import SOAK
 from sqlalchemy import exc, text
 
 from pidpool import ForeignConnectionError, PidPool
@@ -23,7 +24,6 @@ from pidpool.forks.stand_in import DisownedConnection
 
 SIZE, OVERFLOW = 2, 1
 CAPACITY = SIZE + OVERFLOW
-SOAK = "PIDPOOL_SOAK" in os.environ
 _PARTS = (f"{os.sep}pidpool{os.sep}", f"{os.sep}sqlalchemy{os.sep}")
 
 both_hows = pytest.mark.parametrize("how", ["python", "c"])
@@ -222,6 +222,7 @@ def fork_within(operation: Operation, at: int | None, how: How, event: str) -> t
     return forker, state(pool)
 
 
+@pytest.mark.soak
 @both_hows
 @pytest.mark.parametrize("event", ["handler", "line"] + ["opcode"] * SOAK)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.__name__)
@@ -240,6 +241,7 @@ def test_a_child_that_goes_on_in_the_middle_of_an_operation(
     assert not wrong, f"instead of {expected}"
 
 
+@pytest.mark.soak
 @both_hows
 @pytest.mark.usefixtures("clean_log")
 def test_a_child_that_goes_on_has_sessions_of_its_own(

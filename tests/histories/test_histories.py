@@ -24,8 +24,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from soak import SOAK
 
-SOAK = "PIDPOOL_SOAK" in os.environ
 HISTORIES = 40  # of each seed
 STEPS = 20
 MOST_PROCESSES = 5
@@ -310,6 +310,7 @@ class Machine(RuleBasedStateMachine):
             self.do(self.history.end_in_background, *busy[which % len(busy)], how)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_many_histories(stage: Stage, seed: int | str) -> None:

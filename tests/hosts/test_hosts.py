@@ -14,10 +14,9 @@ import pytest
 from forking import HOWS
 from hosting import BIN, LOG_PREFIX, PROGRAMS, Host, Outcome, Run
 from serving import celery, dramatiq, program, rq, web
+from soak import SOAK
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
-
-SOAK = "PIDPOOL_SOAK" in os.environ
 
 
 def gunicorn(
@@ -177,12 +176,14 @@ def outcome(runs: Runs, host: Host, pool: str, record_property: Callable[[str, o
     return outcome
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("pool", ["pidpool"])
 @each(HOSTS)
 def test_all_rows_are_there(outcome: Outcome) -> None:
     assert outcome.problems == []
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("pool", ["queue"])
 @each([host for host in HOSTS if host.inherits])
 def test_queuepool_loses_rows(outcome: Outcome) -> None:

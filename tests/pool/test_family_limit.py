@@ -20,6 +20,7 @@ import pytest
 from engines import MakeEngine
 from events import Events
 from forking import run_in_child
+from soak import SOAK
 from sqlalchemy import create_engine, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from waiting import until
@@ -592,6 +593,7 @@ def permits_left_by(pool: PidPool, pid: int) -> int:
     return next((int(block[PERMITS]) for block in reversed(blocks) if block[PID] == pid), 0)
 
 
+@pytest.mark.soak
 def test_a_limit_holds_under_load_while_processes_are_killed(
     tls_url: str, postgres: EmbeddedPostgres, make_engine: MakeEngine
 ) -> None:
@@ -599,7 +601,7 @@ def test_a_limit_holds_under_load_while_processes_are_killed(
 
     The server notices a moment later that the connections of a killed process have ended.
     """
-    limit, processes, seconds = 20, 8, 60.0 if "PIDPOOL_SOAK" in os.environ else 6.0
+    limit, processes, seconds = 20, 8, 60.0 if SOAK else 6.0
     engine = make_engine(
         tls_url,
         pool_size=5,

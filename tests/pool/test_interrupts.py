@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from soak import SOAK
 from sqlalchemy import exc
 
 from pidpool import PidPool
@@ -89,7 +90,6 @@ def test_an_interrupted_close_leaves_no_thread_waiting_for_ever() -> None:
 
 
 PROGRAM = Path(__file__).parent.parent / "programs" / "interrupts.py"
-SOAK = "PIDPOOL_SOAK" in os.environ
 OPERATIONS = [
     *("checkout, idle", "checkout, opens", "checkout, times out", "checkin", "checkin, overflow"),
     *("drop", "invalidate", "detach", "dispose"),
@@ -108,6 +108,7 @@ def harm(pool: str, *arguments: str, copies: str = "1") -> dict[str, Any]:
     return found
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("copies", ["1", "0"])
 @pytest.mark.parametrize("pool", ["PidPool"] + ["family_limit"] * SOAK)
 @pytest.mark.parametrize("operation", OPERATIONS)

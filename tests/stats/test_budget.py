@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from forking import run_in_child
 from killing import is_killed, kill_at
+from soak import SOAK
 from waiting import until
 
 from pidpool.stats import budget as budget_module
@@ -167,9 +168,10 @@ def die_with_a_permit(family: Family) -> None:
     assert os.waitpid(pid, 0)[1] == 0
 
 
+@pytest.mark.soak
 def test_a_process_killed_at_any_instruction_takes_no_permit_with_it_and_blocks_none() -> None:
     """One child for each (in short: each 17th) instruction of taking and giving back."""
-    step = 1 if "PIDPOOL_SOAK" in os.environ else 17
+    step = 1 if SOAK else 17
     killed, instruction = True, 0
     while killed:
         family = Family(5, 10, limit=3)

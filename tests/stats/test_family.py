@@ -20,6 +20,7 @@ from events import Events
 from forking import How, fork, run_in_child
 from killing import is_killed, kill_at
 from parent import Parent
+from soak import SOAK
 from sqlalchemy import event, exc, text
 from waiting import until
 
@@ -466,13 +467,14 @@ def test_a_process_killed_while_joining_blocks_no_other() -> None:
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.soak
 def test_a_process_killed_at_any_instruction_of_joining_changes_no_sum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One child for each (in short: each fifth) instruction, killed there while it takes the row of a
     process that has ended."""
     monkeypatch.setattr(family_module, "BLOCKS", 2)
-    step = 1 if "PIDPOOL_SOAK" in os.environ else 5
+    step = 1 if SOAK else 5
 
     def join(memory: Family, instruction: int) -> None:
         kill_at(instruction, family_module, process_counters)
@@ -610,9 +612,9 @@ def storm(pool: PidPool, processes: int, seconds: float) -> None:
     assert stats.counters.adoptions["hook"] == ended
 
 
+@pytest.mark.soak
 def test_a_family_in_a_storm() -> None:
-    soak = "PIDPOOL_SOAK" in os.environ
-    storm(fake_pool(), 200 if soak else 30, 60 if soak else 4)
+    storm(fake_pool(), 200 if SOAK else 30, 60 if SOAK else 4)
 
 
 @pytest.mark.usefixtures("table", "clean_log")

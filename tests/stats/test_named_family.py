@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from events import Events
 from forking import run_in_child
+from soak import SOAK
 from sqlalchemy import exc
 from waiting import until
 
@@ -484,11 +485,12 @@ def test_a_process_that_is_stopped_while_it_makes_the_family_is_waited_for_with_
     named_memory(write_key)
 
 
+@pytest.mark.soak
 def test_a_process_killed_at_any_instruction_of_making_a_family_blocks_none(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One child for each (in short: each twentieth) instruction, killed there while it makes or joins."""
-    step = 1 if "PIDPOOL_SOAK" in os.environ else 20
+    step = 1 if SOAK else 20
     codes = {family_module.__file__, family_memory.__file__}
     killed, instruction = True, 0
     while killed:
