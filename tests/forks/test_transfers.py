@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
-FORKS = int(os.environ.get("PIDPOOL_FORKS", "20000")) if SOAK else 100
+FORKS = 20_000 if SOAK else 100
 BOUND = 7200 if SOAK else 110
 
 
