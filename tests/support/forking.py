@@ -47,7 +47,8 @@ def fork(how: How) -> int:
     alone (uWSGI's ``py-call-osafterfork``)."""
     if how == "python":
         return os.fork()
-    _let_threads_sleep()
+    if how == "c":
+        _let_threads_sleep()
     pid: int = _libc_with_gil.fork()
     if pid == 0 and how == "c with child hooks":
         ctypes.pythonapi.PyOS_AfterFork_Child()
@@ -59,8 +60,8 @@ def _let_threads_sleep() -> None:
 
     Before a fork in C: if one of them is being woken to take the GIL just then, the child waits for it for
     ever, when it next gives the GIL up, in the C library's condition variable
-    (``__condvar_quiesce_and_switch_g1`` under ``drop_gil``). It does so without any pool, and on Python alone
-    can be cured: by the at-fork hooks that such a fork does not run.
+    (``__condvar_quiesce_and_switch_g1`` under ``drop_gil``). It does so without any pool. Where CPython's own hook
+    runs in the child, it makes the GIL anew.
     """
     me = threading.get_native_id()
 
