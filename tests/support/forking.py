@@ -60,8 +60,8 @@ def _let_threads_sleep() -> None:
 
     Before a fork in C: if one of them is being woken to take the GIL just then, the child waits for it for
     ever, when it next gives the GIL up, in the C library's condition variable
-    (``__condvar_quiesce_and_switch_g1`` under ``drop_gil``). It does so without any pool. CPython's own hook, where
-    it runs in the child, makes the GIL anew.
+    (``__condvar_quiesce_and_switch_g1`` under ``drop_gil``). It does so without any pool. Where CPython's own
+    hook runs in the child, it makes the GIL anew.
     """
     me = threading.get_native_id()
 
