@@ -471,10 +471,10 @@ def test_a_process_killed_while_joining_blocks_no_other() -> None:
 def test_a_process_killed_at_any_instruction_of_joining_changes_no_sum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One child for each (in short: each fifth) instruction, killed there while it takes the row of a
+    """One child for each (in short: each 17th) instruction, killed there while it takes the row of a
     process that has ended."""
     monkeypatch.setattr(family_module, "BLOCKS", 2)
-    step = 1 if SOAK else 5
+    step = 1 if SOAK else 17
 
     def join(memory: Family, instruction: int) -> None:
         kill_at(instruction, family_module, process_counters)
@@ -586,13 +586,13 @@ def storm(pool: PidPool, processes: int, seconds: float) -> None:
             if victims and (len(alive) >= processes or time.monotonic() >= deadline):
                 for victim in victims:
                     os.kill(victim, signal.SIGKILL)
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            while pid:
-                times, kill = alive.pop(pid)
-                assert kill or status == 0, status
-                clean += 0 if kill else times
-                killed_at_most += kill
-                pid, status = os.waitpid(-1, os.WNOHANG) if alive else (0, 0)
+            for child in list(alive):
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    times, kill = alive.pop(pid)
+                    assert kill or status == 0, status
+                    clean += 0 if kill else times
+                    killed_at_most += kill
     finally:
         stop.set()
         reader.join(30)
