@@ -79,7 +79,7 @@ def shell(directory: Path, environment: Mapping[str, str]) -> Iterator[subproces
         # First as a person would end them: servers tidy up.
         process.stdin.write("kill $(jobs -p) 2>/dev/null; wait; exit\n")
         try:
-            process.communicate(timeout=20)
+            process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             pass
         try:

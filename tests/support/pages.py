@@ -3,7 +3,8 @@
 In a page a fenced block is one of these:
 
 ``sh``       commands to try, one a line: `pip`, `make` or `pidpool`
-``console``  commands after ``$ ``, each followed by what it prints; ``...`` stands for anything
+``console``  commands after ``$ ``, each followed by what it prints; ``...`` stands for anything, and a
+             command whose line ends with a backslash goes on in the next one
 ``python``   a program, or a file if its first line is ``# name.py``
 anything     a file if its first line is a comment with its name
 """
@@ -24,6 +25,7 @@ URL = "postgresql+psycopg2://app@127.0.0.1/app"
 """The database of every page's programs."""
 
 _BLOCK = re.compile(r"^```([\w-]+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_COMMAND = re.compile(r"((?:[^\n]*\\\n)*[^\n]*)\n(.*)", re.DOTALL)
 _FILE = re.compile(r"(?:#|;|//|--) ([\w./-]+\.\w+)\n")
 
 
@@ -75,7 +77,7 @@ def steps(page: Path, under: str | None = None) -> list[Step]:
     for language, text in blocks(page, under):
         for part in re.split(r"^\$ ", text, flags=re.MULTILINE) if language == "console" else ():
             if part:
-                command, _, output = part.partition("\n")
+                command, output = _COMMAND.fullmatch(part).groups()
                 found.append(Step(command, output))
     return found
 
