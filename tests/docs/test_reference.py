@@ -90,7 +90,7 @@ def test_every_metric_is_in_the_table() -> None:
     "name", [*pidpool.__all__, *(f"pidpool.otel.{each}" for each in pidpool.otel.__all__)]
 )
 def test_every_public_name_is_in_the_api_reference(name: str) -> None:
-    assert re.search(rf"^\.\. auto\w+:: (pidpool\.)?{re.escape(name)}$", API, re.MULTILINE)
+    assert re.search(rf"^\.\. (auto\w+|py:data):: (pidpool\.)?{re.escape(name)}$", API, re.MULTILINE)
 
 
 def test_the_extras_that_pages_name_are_there() -> None:
@@ -132,3 +132,13 @@ def test_what_pages_install_is_what_the_tests_run_with() -> None:
             if command.startswith("pip install ") and "apache-airflow" not in command:
                 for word in shlex.split(command)[2:]:
                     importlib.metadata.version(re.split(r"[\[<>=]", word)[0])
+
+
+LONGEST_LINE = 90
+"""Characters of code that fit beside the sidebars."""
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.stem)
+def test_no_line_of_code_is_cut_off_on_a_wide_page(page: Path) -> None:
+    lines = [line for _, text in pages.blocks(page) for line in text.splitlines()]
+    assert [line for line in lines if len(line) > LONGEST_LINE] == []
