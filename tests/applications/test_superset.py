@@ -16,6 +16,7 @@ from applications import ROOT, Application
 pytestmark = [pytest.mark.applications, pytest.mark.timeout(900)]
 
 GUIDE = pages.DOCS / "guides" / "superset.md"
+SET_UP = "Set up"
 SHARED = "What a fork does to it"
 WITH_PIDPOOL = "With pidpool, on SQLAlchemy 2.0"
 PROGRAMS = Path(__file__).parent.parent / "programs" / "applications"
@@ -29,7 +30,8 @@ def run(superset: Application, section: str, name: str, replaced: dict[str, str]
     :returns: how many of them are there, and what the server's log complained of.
     """
     superset.write_files_of(GUIDE, section)
-    steps = []
+    # Each section has a shell of its own, as a reader has who ends one server before the next.
+    steps = [step for step in pages.steps(GUIDE, SET_UP) if step.command.startswith("export ")]
     for step in pages.steps(GUIDE, section):
         command = step.command
         for old, new in replaced.items():
@@ -48,16 +50,14 @@ def test_superset(
     superset.environment |= {
         # pidpool's command looks at Superset from an environment of its own.
         "PATH": f"{superset.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SUPERSET_CONFIG_PATH": str(superset.directory / "superset_config.py"),
-        "FLASK_APP": "superset.app:create_app()",
     }
 
     def record(what: str, found: int, complaints: list[str]) -> None:
         figures = f"rows expected {ROWS}, found {found}, log lines {len(complaints)}"
         record_property("application", f"Superset, {what}: {figures}")
 
-    superset.write_files_of(GUIDE, "Set up")
-    with superset.followed(pages.steps(GUIDE, "Set up"), BOUND):
+    superset.write_files_of(GUIDE, SET_UP)
+    with superset.followed(pages.steps(GUIDE, SET_UP), BOUND):
         pass
 
     shared = run(superset, SHARED, "shared", {})
@@ -71,7 +71,7 @@ def test_superset(
     superset.environment["PATH"] = f"{ROOT}/.venv-superset-2/bin:{superset.environment['PATH']}"
     superset.environment["PYTHONPATH"] = str(PROGRAMS)
     on_2 = {"superset.app:": "superset_on_2:"}
-    superset.write_files_of(GUIDE, "Set up")
+    superset.write_files_of(GUIDE, SET_UP)
     shared = run(superset, SHARED, "2", {**on_2, "ask.py shared": "ask.py 2"})
     record("2.0, QueuePool", *shared)
     assert any("bad record mac" in line for line in shared[1])

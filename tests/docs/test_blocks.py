@@ -28,7 +28,7 @@ OF_SPHINX = {"{toctree}", "{eval-rst}", "{metrics-table}"}
 
 
 def fences(page: Path) -> list[tuple[str, str]]:
-    """Return what is written after the backticks, and the text, of all blocks: not only of those that are run."""
+    """Return what stands behind the backticks, and the text, of every block, whether or not it is run."""
     found = []
     info, text = None, ""
     for line in page.read_text().splitlines(keepends=True):
