@@ -15,10 +15,11 @@ VERSIONS_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
 TEST_SECONDS ?= 1200
 # Each has a virtual environment of its own, since their pins conflict.
-APPLICATIONS ?= optuna airflow mlflow
+APPLICATIONS ?= optuna airflow mlflow superset
 airflow := apache-airflow-core apache-airflow-providers-standard asyncpg
 mlflow := 'mlflow>=3'
 optuna := 'optuna>=4'
+superset := apache-superset==6.1.0 'flask-caching<2.4' rich psycopg2-binary
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONPATH PYTHONHOME
@@ -90,6 +91,17 @@ $(VENV)/.demo: pyproject.toml
 .venv-%/.made: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --no-compile --editable . $($*)
+	@touch $@
+
+# Superset requires SQLAlchemy 1.4, and so can't be in one environment with pidpool: the second one has SQLAlchemy 2.0,
+# and finds the rest in the first.
+.venv-superset/.made: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-superset
+	.venv-superset/bin/python -m pip install --quiet --no-compile $(superset)
+	$(PYTHON) -m venv --clear .venv-superset-2
+	.venv-superset-2/bin/python -m pip install --quiet --no-compile --editable '.[cli]' 'sqlalchemy==2.0.*' gunicorn
+	for lib in .venv-superset/lib/python*/site-packages; do \
+	    echo "$$PWD/$$lib" >".venv-superset-2/$${lib#*/}/superset.pth"; done
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo

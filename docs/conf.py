@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "pidpool"
 copyright = "pidpool contributors"
@@ -18,6 +22,8 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 # In docstrings a name in single backquotes is a link if the page of it is here, and otherwise code.
 default_role = "py:obj"
+# Quotation marks become typographic ones; the dashes of --options stay.
+smartquotes_action = "qe"
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -34,3 +40,13 @@ html_show_sourcelink = False
 html_copy_source = False
 pygments_style = "a11y-high-contrast-light"
 pygments_dark_style = "a11y-high-contrast-dark"
+
+
+def show_examples_as_code(app: Sphinx, context: Any, lines: list[str]) -> None:
+    """Make the example that ends a command's help a block of code; its lines come with ``| `` before them."""
+    examples = [line.removeprefix("| ").strip() for line in lines if line.startswith("|   ")]
+    lines[:] = ["Example::", "", *(f"    {example}" for example in examples), ""]
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("sphinx-click-process-epilog", show_examples_as_code)

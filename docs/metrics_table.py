@@ -29,7 +29,15 @@ def rows() -> list[tuple[str, str, str, str]]:
 
 class MetricsTable(SphinxDirective):
     def run(self) -> list[nodes.Node]:
-        lines = ["```{list-table}", ":header-rows: 1", "", "* - name", "  - kind, by", "  - counts"]
+        lines = [
+            "```{list-table}",
+            ":header-rows: 1",
+            ":widths: 42 26 32",
+            "",
+            "* - name",
+            "  - kind, by",
+            "  - counts",
+        ]
         for name, kind, attribute, description in rows():
             by = f", by `{attribute}`" if attribute else ""
             lines += [

@@ -3,4 +3,4 @@ for (const caption of document.querySelectorAll('p.caption[role="heading"]')) ca
 const label = (selector, text) => document.querySelector(selector)?.setAttribute("aria-label", text);
 label("aside.sidebar-drawer", "Pages");
 label("aside.toc-drawer", "On this page");
-for (const block of document.querySelectorAll("div.highlight pre, div.table-wrapper")) block.tabIndex = 0;
+for (const block of document.querySelectorAll("div.highlight pre, div.table-wrapper, p:has(> img)")) block.tabIndex = 0;

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pages
 import pytest
+from following import with_server
 from sqlalchemy import create_engine
 
 from pidpool import PidPool, serve_stats
@@ -34,22 +35,21 @@ def run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]
     )
 
 
-def with_server(program: str, postgres: EmbeddedPostgres) -> str:
+def on(postgres: EmbeddedPostgres, text: str) -> str:
     for driver in ("postgresql+psycopg2", "postgresql+asyncpg"):
-        address, url = f"{driver}://app@127.0.0.1/app", postgres.url(driver=driver)
-        program = program.replace(f"{address}?", f"{url}&").replace(address, url)
-    return program
+        text = with_server(text, driver, postgres.url(driver=driver))
+    return text
 
 
 @pytest.mark.timeout(BOUND + 30)
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith("pidpool ")])
 def test_a_command_of_pidpool_runs(command: str, postgres: EmbeddedPostgres, tmp_path: Path) -> None:
     logging, use = pages.programs(pages.DOCS / "watching.md")[0], pages.programs(pages.DOCS / "start.md")[0]
-    assert run([sys.executable, "-c", with_server(logging + use, postgres)], tmp_path).returncode == 0
+    assert run([sys.executable, "-c", on(postgres, logging + use)], tmp_path).returncode == 0
     assert (tmp_path / "application.log").stat().st_size
     engine = create_engine("sqlite://", poolclass=PidPool)
     with serve_stats(engine, port=0) as server:
-        words = shlex.split(with_server(command, postgres).replace(STATS, server.url))
+        words = shlex.split(on(postgres, command).replace(STATS, server.url))
         done = run([str(Path(sys.executable).with_name(words[0])), *words[1:]], tmp_path)
     # `ps --check` looks at the whole machine, on which other tests may be sharing sockets.
     assert done.returncode == 0 or (words[1:] == ["ps", "--check"] and done.returncode == 1), done
@@ -72,6 +72,6 @@ def test_a_target_of_make_is_run_by_the_projects_check(command: str) -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_runs(program: str, postgres: EmbeddedPostgres, tmp_path: Path) -> None:
-    done = run([sys.executable, "-W", "error", "-c", with_server(program, postgres)], tmp_path)
+    done = run([sys.executable, "-W", "error", "-c", on(postgres, program)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ("1\n" if "print" in program else "")

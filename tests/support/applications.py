@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
+from following import Adapted, follow, shell, write_files
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
@@ -29,6 +31,12 @@ _numbers = itertools.count()
 
 
 class Application:
+    """An application, and its database.
+
+    :param pool: what the application's database URL names: ``pidpool``, ``queue`` for SQLAlchemy's own, or
+        ``page`` if the URL is one of a page, which names it by itself.
+    """
+
     def __init__(self, name: str, pool: str, postgres: EmbeddedPostgres, directory: Path) -> None:
         self.name = name
         self.pool = pool
@@ -46,6 +54,7 @@ class Application:
         self.address = make_url(postgres.url(tls=True)).set(database=database)
         self.families = directory / "families"
         self.families.mkdir(mode=0o700)
+        self.adapt = Adapted(self.url)
         self.environment = {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "HOME": str(directory),
@@ -89,6 +98,16 @@ class Application:
     def run(self, *command: str, seconds: float = 300.0, **environment: str) -> None:
         with self.running(*command, **environment) as process:
             assert process.wait(seconds) == 0, self.log.read_text()[-5000:]
+
+    def write_files_of(self, page: Path, under: str | None = None) -> None:
+        write_files(pages.files(page, under), self.adapt, self.directory)
+
+    @contextlib.contextmanager
+    def followed(self, steps: list[pages.Step], bound: float) -> Iterator[None]:
+        """Run a page's transcript; what it has started goes on until the body is over."""
+        with shell(self.directory, self.environment) as bash:
+            follow(bash, steps, self.adapt, self.directory, bound)
+            yield
 
     def ask(self, statement: str) -> Any:
         """Return the single value of a statement in the application's database."""

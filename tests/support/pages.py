@@ -3,7 +3,8 @@
 In a page a fenced block is one of these:
 
 ``sh``       commands to try, one a line: `pip`, `make` or `pidpool`
-``console``  commands after ``$ ``, each followed by what it prints; ``...`` stands for anything
+``console``  commands after ``$ ``, each followed by what it prints; ``...`` stands for anything, and a
+             command whose line ends with a backslash goes on in the next one
 ``python``   a program, or a file if its first line is ``# name.py``
 anything     a file if its first line is a comment with its name
 """
@@ -24,6 +25,7 @@ URL = "postgresql+psycopg2://app@127.0.0.1/app"
 """The database of every page's programs."""
 
 _BLOCK = re.compile(r"^```([\w-]+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_COMMAND = re.compile(r"((?:[^\n]*\\\n)*[^\n]*)\n(.*)", re.DOTALL)
 _FILE = re.compile(r"(?:#|;|//|--) ([\w./-]+\.\w+)\n")
 
 
@@ -40,15 +42,19 @@ class Step:
         return re.fullmatch(pattern, output.rstrip("\n"), re.DOTALL) is not None
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the blocks of one language, in their order."""
-    return [text for name, text in _BLOCK.findall(page.read_text()) if name == language]
+def blocks(page: Path, under: str | None = None) -> list[tuple[str, str]]:
+    """Return the languages and texts of a page's blocks in their order, or of those under one heading."""
+    text = page.read_text()
+    if under is not None:
+        sections = re.split(r"^## ", text, flags=re.MULTILINE)
+        (text,) = [section for section in sections if section.startswith(f"{under}\n")]
+    return _BLOCK.findall(text)
 
 
-def files(page: Path) -> dict[str, str]:
+def files(page: Path, under: str | None = None) -> dict[str, str]:
     """Return the files that a page has its reader write."""
     found = {}
-    for _, text in _BLOCK.findall(page.read_text()):
+    for _, text in blocks(page, under):
         named = _FILE.match(text)
         if named:
             found[named[1]] = text
@@ -57,21 +63,21 @@ def files(page: Path) -> dict[str, str]:
 
 def programs(page: Path) -> list[str]:
     """Return the programs that run by themselves."""
-    return [text for text in blocks(page, "python") if not _FILE.match(text)]
+    return [text for language, text in blocks(page) if language == "python" and not _FILE.match(text)]
 
 
 def commands(page: Path) -> list[str]:
     """Return the commands to try."""
-    return [line for block in blocks(page, "sh") for line in block.splitlines()]
+    return [line for language, text in blocks(page) if language == "sh" for line in text.splitlines()]
 
 
-def steps(page: Path) -> list[Step]:
+def steps(page: Path, under: str | None = None) -> list[Step]:
     """Return a page's transcript."""
     found: list[Step] = []
-    for block in blocks(page, "console"):
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE):
+    for language, text in blocks(page, under):
+        for part in re.split(r"^\$ ", text, flags=re.MULTILINE) if language == "console" else ():
             if part:
-                command, _, output = part.partition("\n")
+                command, output = _COMMAND.fullmatch(part).groups()
                 found.append(Step(command, output))
     return found
 
