@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -117,7 +118,7 @@ def test_what_a_child_forked_in_c_collects_before_it_notices_is_severed(
 
     assert run_in_child(collect, how="c") != tag.socket_inode
     assert bytes_on_the_wire(tag.fd) == before
-    with kept[1] if what == "detached" else kept[0].connect() as connection:
+    with closing(kept[1] if what == "detached" else kept[0].connect()) as connection:
         cursor = connection.cursor()
         cursor.execute("select pg_backend_pid()")
         assert cursor.fetchone() == (tag.server_pid,)
