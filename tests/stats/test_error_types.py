@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 from engines import MakeEngine
 from events import Events
 from forking import run_in_child
+from packaging.version import Version
 from sqlalchemy import exc, make_url
 
 from pidpool import PidPool
@@ -85,7 +87,9 @@ def test_a_connect_listener_that_raises_is_a_failed_connect() -> None:
 
     fail(pool)
     assert events.the("connection.failed")["error"] == "PermissionError"
-    assert events.the("connection.closed")["reason"] == "failed"
+    # SQLAlchemy before 2.0.53 leaves the connection to the garbage collector.
+    closes = Version(version("sqlalchemy")) >= Version("2.0.53")
+    assert [event["reason"] for event in events.of("connection.closed")] == ["failed"] * closes
     assert pool.stats().counters.failed == {"PermissionError": 1}
 
 
