@@ -26,7 +26,7 @@ from pidpool.drivers import Driver, Settings
 from pidpool.errors import ForeignCheckoutError
 from pidpool.events import overdue
 from pidpool.events.pool_events import PoolEvents, held_back
-from pidpool.events.user_code import calling_line, forking_lines
+from pidpool.events.user_code import calling_line
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, openssl, takeover
 from pidpool.forks.detection import SETTLED, fork_state
@@ -311,20 +311,6 @@ class PidPool(ClosingQueuePool):
         return cast("list[PidPoolEntry]", self.pool_events.counters.entries())
 
     # -- at a fork
-
-    @property
-    def lineage(self) -> object:
-        """The same object for a pool and for the successors that `recreate` made of it."""
-        return self.pool_events
-
-    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
-        """Count and log in the parent that a child is forked; runs in the at-fork hook."""
-        forked_at = forking_lines() if idle or checked_out else None
-        self.pool_events.note_fork(at, idle, checked_out, in_transaction, forked_at)
-
-    def look_up_fork(self) -> None:
-        """Look up the line that forked, in the child's at-fork hook."""
-        self.pool_events.forked_at = forking_lines()
 
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace everything that another thread may have held at the fork; may run in the at-fork hook."""

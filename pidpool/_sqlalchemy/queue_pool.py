@@ -84,9 +84,12 @@ class HookedQueuePool(QueuePool):
         return self._dialect
 
     def connections_in_queue(self) -> int | None:
-        """Return how many entries are idle; None if some are checked out. Looks at no entry."""
-        queued = self._pool.qsize()
-        return queued if queued == len(self.members) else None
+        """Return how many entries are idle; None if some are checked out. Looks at no entry.
+
+        Called before each fork, so it calls nothing that costs pages.
+        """
+        queued = len(self._pool.queue)  # type: ignore[attr-defined]
+        return queued if queued == len(self.members.references) else None
 
     def constructor_options(self) -> dict[str, Any]:
         """Return the options of QueuePool with which this pool was made, for `recreate`."""
