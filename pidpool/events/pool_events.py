@@ -112,6 +112,7 @@ class PoolEvents:
         self._is_driver_known = True
         self._note_waiting = note_waiting
         self._waiting: deque[_WaitingEvent | tuple[Callable[..., None], Any]] = deque(maxlen=MOST_WAITING)
+        self._waiting_in_parent: object = None
 
     def __del__(self) -> None:
         # The pool has gone, and all its entries with it. A named family's memory stays.
@@ -283,9 +284,8 @@ class PoolEvents:
     ) -> None:
         """The cross-process leak: the child logs one for each inherited connection.
 
-        `where` is the line that had checked it out, known with `hold_warning` only.
+        `where` is the line that had checked it out, known with `hold_warning` only. The pool counts them.
         """
-        self.counters.add_inherited(state, severed=action == "severed")
         level = "warning" if state in ("in transaction", "unknown") else "info"
         self._emit(
             level,
@@ -369,8 +369,8 @@ class PoolEvents:
         """
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            while self._waiting:  # clear() would make it anew
-                self._waiting.popleft()
+            # Kept, since to destroy what was waiting costs more.
+            self._waiting_in_parent, self._waiting = self._waiting, deque(maxlen=MOST_WAITING)
             self.counters = self.family.join(parent_pid)
             self.budget = self.family.budget_for(self.counters)
             self.counters.add_adoption(trigger)
@@ -399,7 +399,7 @@ class PoolEvents:
                 return  # another thread was first
             if isinstance(waiting, tuple):
                 function, arguments = waiting
-                copy_context().run(function, *arguments)
+                function(*arguments)
                 continue
             context = copy_context() if waiting.context is None else waiting.context
             if context.run(self.is_enabled, _LEVELS[waiting.level]):

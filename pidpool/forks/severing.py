@@ -49,22 +49,13 @@ def sever(fd: int, dead_socket: int) -> None:
     os.dup2(dead_socket, fd, inheritable=False)
 
 
-def dead_socket() -> int:
-    """Return the one descriptor that severing needs.
-
-    Opened in the process that opens connections. Asked for before each time that sockets are severed: see
-    `_DeadSocket.fileno`.
-    """
-    return _dead_socket.fileno()
-
-
 def make_dead_socket() -> None:
     """Make the dead socket ahead, before a connection is opened.
 
     :raises OSError: if this process has no descriptors left for it.
     """
     try:
-        _dead_socket.fileno()
+        dead_socket()
     except OSError as error:
         raise OSError(
             error.errno,
@@ -104,12 +95,20 @@ class _DeadSocket:
         the same. Checked each time: a daemon may have closed all its descriptors, and the number may
         belong to another file by then.
         """
-        if self._identity is None or self._identity != socket_identity(self._fd):
-            ours, other_end = socket.socketpair()
-            other_end.close()
-            self._fd = ours.detach()
-            self._identity = socket_identity(self._fd)
+        try:
+            status = os.fstat(self._fd)
+            if (status.st_dev, status.st_ino) == self._identity:
+                return self._fd
+        except OSError:
+            pass  # closed, or not made yet
+        ours, other_end = socket.socketpair()
+        other_end.close()
+        self._fd = ours.detach()
+        self._identity = socket_identity(self._fd)
         return self._fd
 
 
-_dead_socket = _DeadSocket()
+dead_socket = _DeadSocket().fileno
+"""``dead_socket()`` returns the one descriptor that severing needs.
+
+Opened in the process that opens connections. Asked for before each time that sockets are severed."""

@@ -10,7 +10,7 @@ wait for the first use of each pool.
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from pidpool.forks import at_exit, detection, ownership, severing
 from pidpool.forks.detection import NoticedFork
@@ -28,7 +28,7 @@ from pidpool.forks.stand_in import (
     is_busy,
     transaction_state,
 )
-from pidpool.stats.process_counters import ProcessCounters
+from pidpool.stats.process_counters import FORKS, ProcessCounters
 from pidpool.tag import ConnectionTag
 from pidpool.terms import SocketAction, StateAtFork
 
@@ -105,13 +105,9 @@ class OpenConnections:
         self.in_transaction += state == "in transaction"
 
 
-class InheritedConnection(NamedTuple):
-    """One connection that a child inherited."""
-
-    tag: ConnectionTag
-    state: StateAtFork
-    action: SocketAction
-    checked_out_at: str | None
+InheritedConnection = tuple[ConnectionTag, StateAtFork, SocketAction, "str | None"]
+"""One connection that a child inherited, and the line that had checked it out, if known. Not a class, whose
+functions would cost a child their pages."""
 
 
 class Takeover:
@@ -126,8 +122,8 @@ class Takeover:
     def open_connections(self) -> OpenConnections:
         """Count the connections."""
         counted = OpenConnections()
-        for each in self.connections:
-            counted.add(each.state)
+        for _, state, _, _ in self.connections:
+            counted.add(state)
         return counted
 
 
@@ -159,7 +155,7 @@ def _note_fork(at: float) -> None:
             continue
         lineage = pool.pool_events
         if lineage not in idle:
-            lineage.counters.add_fork()
+            lineage.counters.cells[FORKS] += 1
             idle[lineage] = 0
         if left and not must_look:
             queued = pool.connections_in_queue()
@@ -227,14 +223,14 @@ def _take_over(fork: NoticedFork) -> None:
         severing.pin(connection)  # before the socket: from here on its id stays its own
         # A child that was forked in the middle of a driver's call may unwind that call, which then ends on
         # the socket what its parent is doing there (test_takeover.py::test_a_copy_in_flight_is_the_parents).
-        is_in_a_call = (
-            not owned.is_severed and checkout is not None and (checkout.has_streamed or is_busy(connection))
-        )
-        action: SocketAction = "severed" if owned.sever_socket(even_if_kept=is_in_a_call) else "kept"
+        action: SocketAction = "severed"
+        if not owned.is_severed:
+            is_in_a_call = checkout is not None and (checkout.has_streamed or is_busy(connection))
+            if not owned.sever_socket(even_if_kept=is_in_a_call):
+                action = "kept"
         if pool is not None and id(pool) in takeovers:
-            place = None if entry is None else entry.checked_out_at
-            inherited = InheritedConnection(owned.tag, state, action, place)
-            takeovers[id(pool)][1].connections.append(inherited)
+            place = None if entry is None or state == "idle" else entry.checked_out_at
+            takeovers[id(pool)][1].connections.append((owned.tag, state, action, place))
     of_lineages: dict[Lineage, tuple[ForkablePool, Takeover]] = {}
     for pool, takeover in takeovers.values():
         pool.start_from_zero(takeover)
