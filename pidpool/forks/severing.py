@@ -49,13 +49,22 @@ def sever(fd: int, dead_socket: int) -> None:
     os.dup2(dead_socket, fd, inheritable=False)
 
 
+def dead_socket() -> int:
+    """Return the one descriptor that severing needs.
+
+    Opened in the process that opens connections. Asked for before each time that sockets are severed: see
+    `_DeadSocket.fileno`.
+    """
+    return _dead_socket.fileno()
+
+
 def make_dead_socket() -> None:
     """Make the dead socket ahead, before a connection is opened.
 
     :raises OSError: if this process has no descriptors left for it.
     """
     try:
-        dead_socket()
+        _dead_socket.fileno()
     except OSError as error:
         raise OSError(
             error.errno,
@@ -108,7 +117,4 @@ class _DeadSocket:
         return self._fd
 
 
-dead_socket = _DeadSocket().fileno
-"""``dead_socket()`` returns the one descriptor that severing needs.
-
-Opened in the process that opens connections. Asked for before each time that sockets are severed."""
+_dead_socket = _DeadSocket()
