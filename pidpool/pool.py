@@ -6,13 +6,14 @@ counts, and what becomes of it in a forked child.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
 import time
 from collections.abc import Iterator
 from contextvars import copy_context
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import exc
 from sqlalchemy.pool import PoolProxiedConnection
@@ -26,7 +27,7 @@ from pidpool.drivers import Driver, Settings
 from pidpool.errors import ForeignCheckoutError
 from pidpool.events import overdue
 from pidpool.events.pool_events import PoolEvents, held_back
-from pidpool.events.user_code import calling_line, forking_lines
+from pidpool.events.user_code import calling_line
 from pidpool.events.watched_checkout import WatchedCheckout
 from pidpool.forks import detection, openssl, takeover
 from pidpool.forks.detection import SETTLED, fork_state
@@ -308,23 +309,10 @@ class PidPool(ClosingQueuePool):
 
     def records(self) -> list[PidPoolEntry]:
         """Return this process's pool entries, idle or checked out, in no order."""
-        return cast("list[PidPoolEntry]", self.pool_events.counters.entries())
+        entries: Any = self.pool_events.counters.entries()
+        return entries  # type: ignore[no-any-return]  # not cast(), which costs a forked child two pages
 
     # -- at a fork
-
-    @property
-    def lineage(self) -> object:
-        """The same object for a pool and for the successors that `recreate` made of it."""
-        return self.pool_events
-
-    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
-        """Count and log in the parent that a child is forked; runs in the at-fork hook."""
-        forked_at = forking_lines() if idle or checked_out else None
-        self.pool_events.note_fork(at, idle, checked_out, in_transaction, forked_at)
-
-    def look_up_fork(self) -> None:
-        """Look up the line that forked, in the child's at-fork hook."""
-        self.pool_events.forked_at = forking_lines()
 
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace everything that another thread may have held at the fork; may run in the at-fork hook."""
@@ -339,10 +327,19 @@ class PidPool(ClosingQueuePool):
                 self._refusal = _Refusal(fork.parent_pid, idle)
 
     def log_takeover_later(self, takeover: Takeover) -> None:
-        """Have the takeover of this pool and its predecessors logged at the next use."""
-        self.pool_events.log_later(self._log_takeover, takeover)
+        """Count the takeover of this pool and its predecessors, and have it logged at the next use."""
+        states, severed = [], 0
+        for _, state, action, _ in takeover.connections:
+            states.append(state)
+            severed += action == "severed"
+        self.pool_events.counters.add_inherited(states, severed)
+        has_warning = takeover.fork.connects_in_flight or states.count("idle") < len(states)
+        level = logging.WARNING if has_warning else logging.INFO
+        self.pool_events.log_later(self._log_takeover, takeover, level)
 
-    def _log_takeover(self, takeover: Takeover) -> None:
+    def _log_takeover(self, takeover: Takeover, level: int) -> None:
+        if not self.pool_events.is_enabled(level):
+            return  # to make events that nothing takes costs a child dozens of pages
         fork, connections = takeover.fork, takeover.open_connections()
         # Without a hook the line that runs now is another one, and the line of an earlier fork may be there.
         is_known = fork.trigger == "hook" and takeover.connections

@@ -29,8 +29,8 @@ class AsyncIdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
         self.use_lifo = use_lifo
-        self._items: deque[_T] = deque()
-        self._pop = self._items.pop if use_lifo else self._items.popleft
+        self.queue: deque[_T] = deque()
+        self._pop = self.queue.pop if use_lifo else self.queue.popleft
         # One for each task that waits, the longest first.
         self._waiters: deque[asyncio.Future[_T]] = deque()
         # Items put for a task that has not run since.
@@ -77,23 +77,21 @@ class AsyncIdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
 
         :raises sqlalchemy.util.queue.Full: if there are `maxsize` already.
         """
-        if 0 < self.maxsize <= len(self._items) + self._under_way:
+        if self.keep(item) is not None:
             raise sqlalchemy_queue.Full
-        self._items.append(item)
-        if self._waiters:
-            self._hand_out()
 
     def _hand_out(self) -> None:
-        while self._waiters and self._items:
+        while self._waiters and self.queue:
             self._waiters.popleft().set_result(self._pop())
             self._under_way += 1
 
     def keep(self, item: _T) -> _T | None:
         """Put an item; never waits. Return it if there is no room."""
-        try:
-            self.put(item)
-        except sqlalchemy_queue.Full:
+        if 0 < self.maxsize <= len(self.queue) + self._under_way:
             return item
+        self.queue.append(item)
+        if self._waiters:
+            self._hand_out()
         return None
 
     def get_nowait(self) -> _T:
@@ -106,7 +104,7 @@ class AsyncIdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
 
     def qsize(self) -> int:
         """Return how many items are there."""
-        return len(self._items) + self._under_way
+        return len(self.queue) + self._under_way
 
     def empty(self) -> bool:
         """Return whether there is none."""

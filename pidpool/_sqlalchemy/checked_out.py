@@ -156,7 +156,9 @@ class CheckedOutConnection(_ConnectionFairy):
         self.dbapi_connection.commit()
 
     def rollback(self) -> None:
-        self.dbapi_connection.rollback()
+        if fork_state[0] == FORKED:  # `dbapi_connection`, without the call: each checkin passes here
+            detection.notice_fork()
+        self.held_connection.rollback()
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
         try:

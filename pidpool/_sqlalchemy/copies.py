@@ -2,8 +2,8 @@
 are used with the versions that they were compared with. With others SQLAlchemy's own code runs
 (`contract.use_copies`).
 
-Read beside `_ConnectionRecord.checkout`, `_ConnectionFairy.__init__` and `_finalize_fairy` in
-sqlalchemy/pool/base.py.
+Read beside `_ConnectionRecord.checkout`, `_ConnectionFairy.__init__`, `_ConnectionFairy._reset` and
+`_finalize_fairy` in sqlalchemy/pool/base.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from sqlalchemy.pool import PoolResetState
 from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord, reset_rollback
 
 from pidpool._sqlalchemy import contract
@@ -107,8 +108,9 @@ def make_check_out(
 
 
 def check_in(self: Any, transaction_was_reset: bool = False) -> None:
-    """Return a connection to its pool: `_finalize_fairy` and `_ConnectionRecord.checkin`, if nothing but a
-    rollback is asked for. For a checkin that was asked for, asyncio's dialects do the same as others."""
+    """Return a connection to its pool: `_finalize_fairy`, `_ConnectionFairy._reset` and
+    `_ConnectionRecord.checkin`, for a pool that rolls back at checkin and does not log it. For a checkin that
+    was asked for, asyncio's dialects do the same as others."""
     if fork_state[0] == FORKED:
         detection.notice_fork()
     connection, pool, entry = self.held_connection, self._pool, self.entry
@@ -116,25 +118,28 @@ def check_in(self: Any, transaction_was_reset: bool = False) -> None:
         self.let_go()
         return
     dispatch = pool.dispatch
-    if (
-        connection is None
-        or entry is None
-        or self._echo
-        or entry.finalize_callback
-        or dispatch.reset
-        or pool._reset_on_return is not reset_rollback
-    ):
+    if connection is None or entry is None or self._echo or pool._reset_on_return is not reset_rollback:
         _ConnectionFairy._checkin(self, transaction_was_reset)
         return
-    if not transaction_was_reset:
-        try:
+    try:
+        if dispatch.reset:
+            state = PoolResetState(
+                transaction_was_reset=transaction_was_reset, terminate_only=False, asyncio_safe=True
+            )
+            dispatch.reset(connection, entry, state)
+        if not transaction_was_reset:
             pool._dialect.do_rollback(self)
-        except BaseException as error:
-            self.reset_error = error
-            _ConnectionFairy._checkin(self)
-            return
+    except BaseException as error:
+        self.reset_error = error
+        _ConnectionFairy._checkin(self)
+        return
     entry.owned.used_by = entry.fairy_ref = None
+    connection = entry.dbapi_connection
+    while entry.finalize_callback:
+        undo = entry.finalize_callback.pop()
+        if connection is not None:
+            undo(connection)
     if dispatch.checkin:
-        dispatch.checkin(entry.dbapi_connection, entry)
+        dispatch.checkin(connection, entry)
     self.held_connection = self.entry = None
     pool._do_return_conn(entry)

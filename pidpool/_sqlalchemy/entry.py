@@ -91,7 +91,8 @@ class PidPoolEntry(_ConnectionRecord):
         self.pool_events = pool.pool_events
         self.counters = counters = pool.pool_events.counters
         self.slot_number, self.slot = counters.assign_slot(self)
-        super().__init__(cast(Any, pool), connect)
+        as_sqlalchemys: Any = pool
+        super().__init__(as_sqlalchemys, connect)
 
     def connect(self) -> None:
         """Open the first connection of an entry that was made without one."""

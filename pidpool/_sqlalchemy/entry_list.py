@@ -24,19 +24,20 @@ class EntryList:
     call of C's own dict.
     """
 
-    __slots__ = ("_references",)
+    __slots__ = ("references",)
 
     def __init__(self) -> None:
         # Without callbacks: CPython has one such reference for each entry, however often it is asked for.
-        self._references: dict[int, weakref.ref[Member]] = {}
+        self.references: dict[int, weakref.ref[Member]] = {}
+        """By `id()`."""
 
     def add(self, entry: Member, limit: int | None) -> bool:
         """Add an entry, if there are fewer than `limit`; return whether it was added."""
         key = id(entry)
-        self._references[key] = weakref.ref(entry)
+        self.references[key] = weakref.ref(entry)
         # Afterwards, and by their order: of two threads for one place only the first has it.
-        if limit is not None and key not in list(self._references)[: max(limit, 0)]:
-            self._references.pop(key, None)
+        if limit is not None and key not in list(self.references)[: max(limit, 0)]:
+            self.references.pop(key, None)
             return False
         entry.members = self
         return True
@@ -44,7 +45,7 @@ class EntryList:
     def remove(self, entry: Member) -> None:
         """Remove an entry, which is in no list from then on."""
         entry.members = None
-        self._references.pop(id(entry), None)
+        self.references.pop(id(entry), None)
 
     def lost(self) -> list[Member]:
         """Return the entries whose checkouts have ended without them, which are in no list from then on.
@@ -52,22 +53,22 @@ class EntryList:
         Those that are alive no more are forgotten, too.
         """
         found = []
-        for key, reference in list(self._references.items()):
+        for key, reference in list(self.references.items()):
             entry = reference()
             if entry is None:
-                if self._references.get(key) is reference:
-                    self._references.pop(key, None)
-            elif _is_lost(entry) and self._references.pop(key, None) is not None:  # for one thread only
+                if self.references.get(key) is reference:
+                    self.references.pop(key, None)
+            elif _is_lost(entry) and self.references.pop(key, None) is not None:  # for one thread only
                 entry.members = None
                 found.append(entry)
         return found
 
     def __len__(self) -> int:
         """Return how many there are, perhaps with some that are lost. Looks at no entry."""
-        return len(self._references)
+        return len(self.references)
 
     def __contains__(self, entry: object) -> bool:
-        reference = self._references.get(id(entry))
+        reference = self.references.get(id(entry))
         return reference is not None and reference() is entry
 
 

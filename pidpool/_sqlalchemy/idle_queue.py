@@ -47,6 +47,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         self._waiters: deque[weakref.ref[_Waiter]] = deque()
         """In the order in which they are served. Weak: a thread that was interrupted waits no more."""
         self._is_abandoned = False
+        self._abandoned: deque[_T] | None = None
 
     def get(
         self,
@@ -125,18 +126,15 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         """Return whether there are `maxsize`."""
         return 0 < self.maxsize <= len(self.queue)
 
-    @property
-    def has_waiters(self) -> bool:
-        """Whether a thread waits for an item, or a greenlet does."""
-        return any(reference() is not None for reference in list(self._waiters))
-
     def abandon(self) -> None:
-        """Let go of all items, and have every waiting thread find none: a child's pool has another queue.
+        """Have every waiting thread find no item: a child's pool has another queue.
 
-        Takes no lock. In a child only a thread that forked in a signal handler waits, or a greenlet.
+        Takes no lock. In a child only a thread that forked in a signal handler waits, or a greenlet. What the
+        queue holds lives as long as the queue.
         """
         self._is_abandoned = True
-        self.queue.clear()
+        self._abandoned, self.queue = self.queue, deque()
+        self._pop = self.queue.popleft
         for reference in self._waiters:
             waiter = reference()
             if waiter is not None:

@@ -59,7 +59,7 @@ class HookedQueuePool(QueuePool):
     def __init__(self, creator: Any, **options: Any) -> None:
         self.members = EntryList()
         super().__init__(creator, **options)
-        self._inherited_entries: list[ConnectionPoolEntry] = []
+        self._inherited_queue: Any = None
 
     # SQLAlchemy counts here by hand, from minus `pool_size` on. An interrupt makes no number wrong that is
     # reckoned at each question.
@@ -84,9 +84,12 @@ class HookedQueuePool(QueuePool):
         return self._dialect
 
     def connections_in_queue(self) -> int | None:
-        """Return how many entries are idle; None if some are checked out. Looks at no entry."""
-        queued = self._pool.qsize()
-        return queued if queued == len(self.members) else None
+        """Return how many entries are idle; None if some are checked out. Looks at no entry.
+
+        Called before each fork, so it calls nothing that costs pages.
+        """
+        queued = len(self._pool.queue)  # type: ignore[attr-defined]
+        return queued if queued == len(self.members.references) else None
 
     def constructor_options(self) -> dict[str, Any]:
         """Return the options of QueuePool with which this pool was made, for `recreate`."""
@@ -125,15 +128,13 @@ class HookedQueuePool(QueuePool):
     def forget_entries(self, *, was_alone: bool) -> None:
         """Start with an empty queue and locks of this process's own, in a child; takes no lock.
 
-        :param was_alone: whether the parent had no other thread: then queue and locks are as this thread
-            left them, and go on.
+        :param was_alone: whether the parent had no other thread: then locks are as this thread left them,
+            and go on.
         """
         self.members = EntryList()
+        # Kept as long as the pool, since to destroy what it holds costs more.
         inherited: Any = self._pool
-        if was_alone and isinstance(inherited, IdleQueue) and not inherited.has_waiters:
-            # Kept as long as the pool, since to destroy what the queue held costs more.
-            self._inherited_entries = [inherited.get(False) for _ in range(inherited.qsize())]
-            return
+        self._inherited_queue = inherited
         self._pool = self._queue_class(inherited.maxsize, use_lifo=inherited.use_lifo)
         if isinstance(inherited, IdleQueue):
             inherited.abandon()
@@ -212,6 +213,10 @@ class HookedQueuePool(QueuePool):
 
     def _open_or_wait(self) -> ConnectionPoolEntry:
         """Open a connection as soon as there is room for one, or get one that comes back meanwhile."""
+        if self.pool_events.budget is None and self._has_room():  # as a rule nothing has to be waited for
+            opened = self._open_entry(None)
+            if opened is not None:
+                return opened
         wait = Wait(self.pool_events, self._timeout)
         while True:
             idle: Any = self._pool  # another one if this is a child, forked in the lines below

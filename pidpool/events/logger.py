@@ -44,6 +44,8 @@ class EventLogger:
         Notices at once that structlog was configured anew, or that a level of the stdlib's changed.
         Takes 0.1 µs; to bind a logger and ask that one takes 3.
         """
+        if self._logger is None and not _configuration.is_configured:
+            return _stdlib_takes_level(level)
         if (
             _configuration.logger_factory is not self._factory
             or _configuration.default_wrapper_class is not self._wrapper
@@ -125,6 +127,7 @@ def _over_stdlib(logger: logging.Logger) -> Any:
 
 
 _stdlib_logger = _over_stdlib(logging.getLogger("pidpool"))
+_stdlib_takes_level = logging.getLogger("pidpool").isEnabledFor
 
 
 def _always(level: int) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pidpool.events.logger import EventLogger
 from pidpool.events.pool_names import name_for
-from pidpool.events.user_code import ForkingLines
+from pidpool.events.user_code import ForkingLines, forking_lines, text_of
 from pidpool.stats.family import Family
 from pidpool.stats.process_counters import Count
 from pidpool.stats.snapshots import FamilyStats
@@ -26,6 +26,9 @@ from pidpool.terms import CloseReason, SocketAction, StateAtFork, Trigger
 
 MOST_WAITING = 10_000
 """Events that wait at most for the next use of the pool; the newest are kept."""
+
+_HOOKS = 3
+"""The functions of the at-fork hooks through which the line that forks is looked up."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
@@ -109,6 +112,7 @@ class PoolEvents:
         self._is_driver_known = True
         self._note_waiting = note_waiting
         self._waiting: deque[_WaitingEvent | tuple[Callable[..., None], Any]] = deque(maxlen=MOST_WAITING)
+        self._waiting_in_parent: object = None
 
     def __del__(self) -> None:
         # The pool has gone, and all its entries with it. A named family's memory stays.
@@ -212,14 +216,16 @@ class PoolEvents:
 
     # -- forks
 
-    def note_fork(
-        self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: ForkingLines | None
-    ) -> None:
-        """Count a fork in the parent's at-fork hook, and have it logged later if a connection is open."""
-        self.counters.add_fork()
-        if idle or checked_out:
-            self.forked_at = forked_at
-            self.log_later(self.pool_forked, at, idle, checked_out, in_transaction, forked_at)
+    def look_up_fork(self) -> None:
+        """Look up the line that forks, in an at-fork hook."""
+        self.forked_at = forking_lines(_HOOKS)
+
+    def log_fork_later(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """Have a fork with open connections logged later; called in the parent's at-fork hook."""
+        self.forked_at = forked_at = forking_lines(_HOOKS)
+        # As `log_later`, without the call: every function that is called here costs pages.
+        self._waiting.append((self.pool_forked, (at, idle, checked_out, in_transaction, forked_at)))
+        self._note_waiting()
 
     def pool_forked(
         self, at: float, idle: int, checked_out: int, in_transaction: int, forked_at: ForkingLines | None
@@ -278,9 +284,8 @@ class PoolEvents:
     ) -> None:
         """The cross-process leak: the child logs one for each inherited connection.
 
-        `where` is the line that had checked it out, known with `hold_warning` only.
+        `where` is the line that had checked it out, known with `hold_warning` only. The pool counts them.
         """
-        self.counters.add_inherited(state, severed=action == "severed")
         level = "warning" if state in ("in transaction", "unknown") else "info"
         self._emit(
             level,
@@ -364,8 +369,8 @@ class PoolEvents:
         """
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            while self._waiting:  # clear() would make it anew
-                self._waiting.popleft()
+            # Kept, since to destroy what was waiting costs more.
+            self._waiting_in_parent, self._waiting = self._waiting, deque(maxlen=MOST_WAITING)
             self.counters = self.family.join(parent_pid)
             self.budget = self.family.budget_for(self.counters)
             self.counters.add_adoption(trigger)
@@ -394,7 +399,7 @@ class PoolEvents:
                 return  # another thread was first
             if isinstance(waiting, tuple):
                 function, arguments = waiting
-                copy_context().run(function, *arguments)
+                function(*arguments)
                 continue
             context = copy_context() if waiting.context is None else waiting.context
             if context.run(self.is_enabled, _LEVELS[waiting.level]):
@@ -419,8 +424,8 @@ class PoolEvents:
         self, at: float, level: str, event: str, tag: ConnectionTag | None, fields: dict[str, object]
     ) -> None:
         lines = fields.get("forked_at")
-        if isinstance(lines, ForkingLines):
-            fields = {**fields, "forked_at": lines.text()}
+        if isinstance(lines, list):
+            fields = {**fields, "forked_at": text_of(lines)}
         if tag is not None:
             fields = {
                 "connection_id": tag.connection_id,

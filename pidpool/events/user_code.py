@@ -49,42 +49,39 @@ def calling_line() -> CodeLine | None:
     return found
 
 
-class ForkingLines:
-    """The lines that ran at a fork, the nearest first. They become a text when it is asked for: to make it
-    touches dozens of memory pages, each of which the fork that follows has to copy.
+ForkingLines = list[tuple[CodeType, "int | None", Any]]
+"""The lines that ran at a fork, the nearest first: code, line, name of the module. They become a text when it
+is asked for: to make it touches dozens of memory pages, each of which the fork that follows has to copy."""
+
+
+def forking_lines(skipped: int = 0) -> ForkingLines:
+    """Return the lines that run at a fork. May be called inside an at-fork hook.
+
+    :param skipped: callers of this function that are known to be pidpool's own: each costs a page.
     """
-
-    __slots__ = ("_text", "_lines")
-
-    def __init__(self, lines: list[tuple[CodeType, int | None, Any]]) -> None:
-        self._lines = lines
-        self._text: str | None = None
-
-    def text(self) -> str | None:
-        """Return the line of the user's code that forked and its callers, separated by `` < ``.
-
-        The user's code is what is neither the standard library (multiprocessing, concurrent.futures) nor
-        installed beside it (gunicorn, billiard). If no line of the user's code ran, as when gunicorn forks
-        its workers, it is the lines of the installed package.
-        """
-        if self._lines:
-            found: list[list[str]] = [[], [], []]
-            for code, line, module in self._lines:
-                if _is_outside(module):
-                    found[_distance(code.co_filename)].append(str(CodeLine(code, line)))
-            self._text = " < ".join(next(filter(None, found), [])[:_MOST_AT_A_FORK]) or None
-            self._lines = []
-        return self._text
-
-
-def forking_lines() -> ForkingLines:
-    """Return the lines that run at a fork. May be called inside an at-fork hook."""
-    lines: list[tuple[CodeType, int | None, Any]] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and len(lines) < _MOST_LOOKED_AT:
-        lines.append((frame.f_code, frame.f_lineno, frame.f_globals.get("__name__")))
+    lines: ForkingLines = []
+    left = _MOST_LOOKED_AT
+    frame: FrameType | None = sys._getframe(1 + skipped)
+    while frame is not None and left:
+        module = frame.f_globals["__name__"] if "__name__" in frame.f_globals else None  # noqa: SIM401  a call
+        lines += ((frame.f_code, frame.f_lineno, module),)
         frame = frame.f_back
-    return ForkingLines(lines)
+        left -= 1
+    return lines
+
+
+def text_of(lines: ForkingLines) -> str | None:
+    """Return the line of the user's code that forked and its callers, separated by `` < ``.
+
+    The user's code is what is neither the standard library (multiprocessing, concurrent.futures) nor
+    installed beside it (gunicorn, billiard). If no line of the user's code ran, as when gunicorn forks
+    its workers, it is the lines of the installed package.
+    """
+    found: list[list[str]] = [[], [], []]
+    for code, line, module in lines:
+        if _is_outside(module):
+            found[_distance(code.co_filename)].append(str(CodeLine(code, line)))
+    return " < ".join(next(filter(None, found), [])[:_MOST_AT_A_FORK]) or None
 
 
 def _distance(filename: str) -> int:

@@ -61,7 +61,7 @@ class HistogramExporter(MetricExporter):
         self._inner = inner
         preferred = (inner._preferred_temporality or {}).get(HistogramInstrument)
         self._temporality = preferred or AggregationTemporality.CUMULATIVE
-        # By lineage. A child's is its own, since it has another pid: its numbers begin at zero.
+        # By the pool's events. A child's is its own, since it has another pid: its numbers begin at zero.
         self._exported: WeakKeyDictionary[Any, _Exported] = WeakKeyDictionary()
 
     def export(
@@ -107,10 +107,10 @@ class HistogramExporter(MetricExporter):
             data = HistogramPoints(points, self._temporality)
             yield Metric(durations.name, durations.description, "s", data)
         for pool, each in zip(pools, stats, strict=True):
-            self._exported[pool.lineage] = _Exported(now, each.counters)
+            self._exported[pool.pool_events] = _Exported(now, each.counters)
 
     def _before(self, pool: PidPool, stats: PoolStats) -> _Exported:
-        exported = self._exported.get(pool.lineage)
+        exported = self._exported.get(pool.pool_events)
         if (
             self._temporality is AggregationTemporality.CUMULATIVE
             or exported is None

@@ -112,7 +112,7 @@ class _Instrumented:
     def pools(self) -> list[PidPool]:
         """Return the pools, each once, also if it is known by its engine and by itself."""
         sources = [*self.sources, *(takeover.pools() if self.has_all_pools else ())]
-        return [*{id(pool.lineage): pool for pool in map(pool_of, sources)}.values()]
+        return [*{id(pool.pool_events): pool for pool in map(pool_of, sources)}.values()]
 
     def create(self, meter: Meter) -> None:
         create = {

@@ -10,11 +10,11 @@ what it has not taken within `LOG_SECONDS`.
 
 from __future__ import annotations
 
-import atexit
 import logging  # its own atexit handler is registered by this import, and so runs after ours
 import os
 import sys
 import time
+from atexit import register, unregister
 from typing import Any
 
 from pidpool.forks import detection, log_locks
@@ -32,7 +32,7 @@ _known_to_multiprocessing = False
 
 def log_at_exit() -> None:
     """Have this process and all forked from it log at their end what waits."""
-    atexit.register(_log)
+    register(_log)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_before_fork)
 
@@ -56,8 +56,8 @@ def _before_fork() -> None:
     # Exit handlers run in the reverse order of their registration. As a rule another handler stops what a log
     # needs: a queue's listener, multiprocessing's queues (a later write to one was seen to hang the exit).
     # Such handlers are already registered, so this one is made the last.
-    atexit.unregister(_log)
-    atexit.register(_log)
+    unregister(_log)
+    register(_log)
     # Only now, and only if the application has imported it: to import it takes longer than all of pidpool.
     global _known_to_multiprocessing
     util: Any = sys.modules.get("multiprocessing.util")

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from threading import get_ident
 from typing import Protocol
 
 # Imports logging. The at-fork hooks of logging and of concurrent.futures take a lock before the fork. They
@@ -25,6 +26,7 @@ from typing import Protocol
 # (tests/pool/test_threads.py::test_connecting_threads_that_fork_do_not_wait_for_each_other).
 from pidpool.forks import log_locks, openssl
 from pidpool.forks.gate import ConnectGate, Passage
+from pidpool.forks.openssl import guarded_threads
 from pidpool.stats import process_counters
 from pidpool.terms import Trigger
 
@@ -244,26 +246,26 @@ _has_dead_threads = False
 parent's threads then, on whose stacks its own new threads run."""
 
 
-def _is_alone() -> bool:
-    """Return whether the calling thread is the only one that runs Python code in this process."""
-    if _has_dead_threads:  # to look for their frames crashes: see tests/forks/test_grandchildren.py
-        return False
-    # Threads that were started in C are counted too; threading.active_count() has not met them. Greenlets of
-    # gevent and eventlet are not, and may be in the middle of something as threads are.
-    return len(sys._current_frames()) == 1 and not ("gevent" in sys.modules or "eventlet" in sys.modules)
-
-
 def _before_fork() -> None:
+    # One function: each function and each object that is touched here costs the parent a page or two.
     global _forks_alone
     if fork_state[0] == FORKED:
         # A child forked in C that forks before it uses a pool. The gate it has is its parent's, whose
         # threads may have left it locked (test_a_child_that_never_noticed_its_fork_can_fork).
         notice_fork()
-    _forks_alone = _is_alone()
+    # Threads that were started in C are counted too; threading.active_count() has not met them. Greenlets of
+    # gevent and eventlet are not, and may be in the middle of something as threads are. To look for dead
+    # threads' frames crashes: see tests/forks/test_grandchildren.py.
+    _forks_alone = (
+        not _has_dead_threads
+        and len(sys._current_frames()) == 1
+        and not ("gevent" in sys.modules or "eventlet" in sys.modules)
+    )
     if not _forks_alone:
         _gate.before_fork()
         log_locks.hold()  # after the gate: a thread whose connect is waited for may log
-    openssl.ready_to_fork()
+    if get_ident() not in guarded_threads:
+        openssl.ready_to_fork()
     # Before the fork, when no child can be ahead: events sorted by time have the fork first.
     at = time.time()
     for callback in _fork_callbacks:

@@ -43,10 +43,9 @@ class ConnectGate:
     def enter_connect(self, passage: Passage) -> None:
         """Wait until no other thread is forking; called before a connection is opened."""
         thread = threading.get_ident()
-        # A thread that connects or forks already must not wait: the fork may be waiting for it.
-        is_free = thread in self._forking or thread in self._threads()
         self._connecting[id(passage)] = weakref.ref(passage)
-        if self._forking and not is_free:
+        # A thread that connects or forks already must not wait: the fork may be waiting for it.
+        if self._forking and thread not in self._forking and self._threads().count(thread) == 1:
             passage.thread = None
             _wait_until(lambda: not self._forking, 2 * CONNECT_WAIT)
             passage.thread = thread

@@ -104,11 +104,16 @@ class _DeadSocket:
         the same. Checked each time: a daemon may have closed all its descriptors, and the number may
         belong to another file by then.
         """
-        if self._identity is None or self._identity != socket_identity(self._fd):
-            ours, other_end = socket.socketpair()
-            other_end.close()
-            self._fd = ours.detach()
-            self._identity = socket_identity(self._fd)
+        try:
+            status = os.fstat(self._fd)
+            if (status.st_dev, status.st_ino) == self._identity:
+                return self._fd
+        except OSError:
+            pass  # closed, or not made yet
+        ours, other_end = socket.socketpair()
+        other_end.close()
+        self._fd = ours.detach()
+        self._identity = socket_identity(self._fd)
         return self._fd
 
 

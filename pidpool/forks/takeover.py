@@ -10,7 +10,7 @@ wait for the first use of each pool.
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from pidpool.forks import at_exit, detection, ownership, severing
 from pidpool.forks.detection import NoticedFork
@@ -28,25 +28,32 @@ from pidpool.forks.stand_in import (
     is_busy,
     transaction_state,
 )
+from pidpool.stats.process_counters import FORKS, ProcessCounters
 from pidpool.tag import ConnectionTag
 from pidpool.terms import SocketAction, StateAtFork
+
+
+class Lineage(Protocol):
+    """What a pool shares with the successors that ``recreate()`` made of it. All of it may be called inside
+    an at-fork hook."""
+
+    counters: ProcessCounters
+
+    def log_fork_later(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
+        """Have it logged in the parent that a child was forked with so many connections open."""
+
+    def look_up_fork(self) -> None:
+        """Look up, in the child's at-fork hook, the line that forked."""
 
 
 class ForkablePool(ReplacingPool, Protocol):
     """A pool, as far as a fork concerns it. All of it may be called inside an at-fork hook but the last."""
 
     @property
-    def lineage(self) -> object:
-        """The same object for a pool and for the successors that ``recreate()`` made of it."""
+    def pool_events(self) -> Lineage: ...
 
     def connections_in_queue(self) -> int | None:
         """Return how many connections are idle; None if some are checked out."""
-
-    def note_fork(self, at: float, idle: int, checked_out: int, in_transaction: int) -> None:
-        """Note in the parent that a child is forked with so many connections open."""
-
-    def look_up_fork(self) -> None:
-        """Look up, in the child's at-fork hook, the line that forked."""
 
     def start_from_zero(self, takeover: Takeover) -> None:
         """Replace in the child everything that another thread may have held at the fork."""
@@ -98,13 +105,9 @@ class OpenConnections:
         self.in_transaction += state == "in transaction"
 
 
-class InheritedConnection(NamedTuple):
-    """One connection that a child inherited."""
-
-    tag: ConnectionTag
-    state: StateAtFork
-    action: SocketAction
-    checked_out_at: str | None
+InheritedConnection = tuple[ConnectionTag, StateAtFork, SocketAction, "str | None"]
+"""One connection that a child inherited, and the line that had checked it out, if known. Not a class, whose
+functions would cost a child their pages."""
 
 
 class Takeover:
@@ -119,8 +122,8 @@ class Takeover:
     def open_connections(self) -> OpenConnections:
         """Count the connections."""
         counted = OpenConnections()
-        for each in self.connections:
-            counted.add(each.state)
+        for _, state, _, _ in self.connections:
+            counted.add(state)
         return counted
 
 
@@ -141,36 +144,44 @@ def _state(connection: Any, entry: Entry | None) -> StateAtFork:
 
 
 def _note_fork(at: float) -> None:
-    # Runs in the parent at every fork. As a rule all connections are idle, and none has to be looked at.
-    idle: dict[object, int] = {}
-    noting: dict[object, ForkablePool] = {}
+    # Runs in the parent at every fork, so it calls little and touches few objects: each of their pages is
+    # copied. As a rule all connections are idle, and none has to be looked at.
+    idle: dict[Lineage, int] = {}
     left = len(owned_connections)
-    for pool in pools():
-        queued = pool.connections_in_queue()
-        if queued is None or detached_connections:
-            _look_and_note_fork(at)
-            return
-        left -= queued
-        lineage = pool.lineage
-        idle[lineage] = idle.get(lineage, 0) + queued
-        noting[lineage] = pool
-    if left:  # an entry without a connection, or a connection that no pool has
-        _look_and_note_fork(at)
+    must_look = bool(detached_connections)
+    for reference in list(_pools.values()):
+        pool = reference()
+        if pool is None:
+            continue
+        lineage = pool.pool_events
+        if lineage not in idle:
+            lineage.counters.cells[FORKS] += 1
+            idle[lineage] = 0
+        if left and not must_look:
+            queued = pool.connections_in_queue()
+            if queued is None:
+                must_look = True
+            else:
+                idle[lineage] += queued
+                left -= queued
+    if left or must_look:  # also for an entry without a connection, or a connection that no pool has
+        _look_and_log_fork(at)
         return
-    for lineage, pool in noting.items():
-        pool.note_fork(at, idle[lineage], 0, 0)
+    for lineage, number in idle.items():
+        if number:
+            lineage.log_fork_later(at, number, 0, 0)
 
 
-def _look_and_note_fork(at: float) -> None:
-    noting = {pool.lineage: (pool, OpenConnections()) for pool in pools()}
+def _look_and_log_fork(at: float) -> None:
+    open_connections: dict[Lineage, OpenConnections] = {}
     for owned in list(owned_connections.values()):
         connection = owned.connection()
         entry, _, pool = _holders(owned)
         if connection is not None and pool is not None:
-            _, connections = noting.setdefault(pool.lineage, (pool, OpenConnections()))
-            connections.add(_state(connection, entry))
-    for pool, connections in noting.values():
-        pool.note_fork(at, connections.idle, connections.checked_out, connections.in_transaction)
+            counted = open_connections.setdefault(pool.pool_events, OpenConnections())
+            counted.add(_state(connection, entry))
+    for lineage, counted in open_connections.items():
+        lineage.log_fork_later(at, counted.idle, counted.checked_out, counted.in_transaction)
 
 
 def _sever_at_once(is_alone: bool) -> bool:
@@ -185,7 +196,7 @@ def _sever_at_once(is_alone: bool) -> bool:
     for pool in pools():
         severing.pin(pool)
         if not is_alone:  # the parent has looked it up for another thread's fork, or not at all
-            pool.look_up_fork()
+            pool.pool_events.look_up_fork()
     severing.pin(owned_connections)
     # No pool keeps a connection that was detached from it.
     return ownership.sever_all() and not detached_connections
@@ -212,24 +223,24 @@ def _take_over(fork: NoticedFork) -> None:
         severing.pin(connection)  # before the socket: from here on its id stays its own
         # A child that was forked in the middle of a driver's call may unwind that call, which then ends on
         # the socket what its parent is doing there (test_takeover.py::test_a_copy_in_flight_is_the_parents).
-        is_in_a_call = (
-            not owned.is_severed and checkout is not None and (checkout.has_streamed or is_busy(connection))
-        )
-        action: SocketAction = "severed" if owned.sever_socket(even_if_kept=is_in_a_call) else "kept"
+        action: SocketAction = "severed"
+        if not owned.is_severed:
+            is_in_a_call = checkout is not None and (checkout.has_streamed or is_busy(connection))
+            if not owned.sever_socket(even_if_kept=is_in_a_call):
+                action = "kept"
         if pool is not None and id(pool) in takeovers:
-            place = None if entry is None else entry.checked_out_at
-            inherited = InheritedConnection(owned.tag, state, action, place)
-            takeovers[id(pool)][1].connections.append(inherited)
-    of_lineages: dict[object, tuple[ForkablePool, Takeover]] = {}
+            place = None if entry is None or state == "idle" else entry.checked_out_at
+            takeovers[id(pool)][1].connections.append((owned.tag, state, action, place))
+    of_lineages: dict[Lineage, tuple[ForkablePool, Takeover]] = {}
     for pool, takeover in takeovers.values():
         pool.start_from_zero(takeover)
         severing.unpin(pool)  # it will have connections of this process's own, which are to be closed with it
         # A pool that was disposed of lives as long as a checkout of it. In the log both are one pool,
         # as in the counts (test_events.py::test_a_pool_and_its_predecessors_are_adopted_once).
-        if pool.lineage in of_lineages:
-            of_lineages[pool.lineage][1].connections.extend(takeover.connections)
+        if pool.pool_events in of_lineages:
+            of_lineages[pool.pool_events][1].connections.extend(takeover.connections)
         else:
-            of_lineages[pool.lineage] = pool, takeover
+            of_lineages[pool.pool_events] = pool, takeover
     for pool, takeover in of_lineages.values():
         pool.log_takeover_later(takeover)
     owned_connections.clear()

@@ -77,7 +77,7 @@ class Count(IntEnum):
     OVERDUE = 22
 
 
-_FORKS = int(Count.FORKS)
+FORKS = int(Count.FORKS)
 _FIRST_COUNT = int(min(Count))
 _CLOSED = max(Count) + 1
 _INHERITED = _CLOSED + len(CLOSE_REASONS)
@@ -236,18 +236,19 @@ class ProcessCounters:
         """Add to one of the plain counts."""
         self._add(count, number)
 
-    def add_fork(self) -> None:
-        """Count a fork, in the parent's at-fork hook: every object that is needed costs a page there."""
-        self.cells[_FORKS] += 1
-
     def add_closed(self, reason: CloseReason) -> None:
         """Count a closed connection."""
         self._add(_CLOSED + CLOSE_REASONS.index(reason))
 
-    def add_inherited(self, state: StateAtFork, *, severed: bool) -> None:
-        """Count an inherited connection, by its state at the fork, and what became of its socket."""
-        self._add(_INHERITED + STATES_AT_FORK.index(state))
-        self._add(Count.SEVERED if severed else Count.KEPT)
+    def add_inherited(self, states: Sequence[StateAtFork], severed: int) -> None:
+        """Count inherited connections, by their states at the fork, and what became of their sockets."""
+        for number, state in enumerate(STATES_AT_FORK):
+            if state in states:
+                self._add(_INHERITED + number, states.count(state))
+        if severed:
+            self._add(Count.SEVERED, severed)
+        if severed < len(states):
+            self._add(Count.KEPT, len(states) - severed)
 
     def add_adoption(self, trigger: Trigger) -> None:
         """Count that this process took the pool over."""

@@ -25,7 +25,7 @@ from waiting import until
 
 from pidpool import AsyncPidPool
 from pidpool import pool as pool_module
-from pidpool.events import user_code
+from pidpool.events import pool_events, user_code
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 
@@ -213,9 +213,9 @@ def test_the_standard_librarys_lines_are_passed_over(tls_url: str, make_engine: 
 def test_an_installed_package_that_forks_by_itself_is_named() -> None:
     """As gunicorn's master does: none of the user's lines is running."""
     found: list[Any] = []
-    names = {"__name__": "gunicorn.arbiter", "found": found, "forking_lines": user_code.forking_lines}
+    names = {**vars(user_code), "__name__": "gunicorn.arbiter", "found": found}
     code = compile(
-        "found.append(forking_lines().text())", "/venv/lib/site-packages/gunicorn/arbiter.py", "exec"
+        "found.append(text_of(forking_lines()))", "/venv/lib/site-packages/gunicorn/arbiter.py", "exec"
     )
     _thread.start_new_thread(exec, (code, names))
     until(lambda: found, "the thread has not run")
@@ -228,7 +228,7 @@ def test_a_fork_without_an_open_connection_looks_nothing_up(
     def lookup() -> None:
         raise AssertionError("looked up")
 
-    monkeypatch.setattr(pool_module, "forking_lines", lookup)
+    monkeypatch.setattr(pool_events, "forking_lines", lookup)
     events = Events()
     engine = make_engine(tls_url, logger=events.logger)
 

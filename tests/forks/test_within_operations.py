@@ -20,6 +20,7 @@ from soak import SOAK
 from sqlalchemy import exc, text
 
 from pidpool import ForeignConnectionError, PidPool
+from pidpool._sqlalchemy.entry import PidPoolEntry
 from pidpool.forks.stand_in import DisownedConnection
 
 SIZE, OVERFLOW = 2, 1
@@ -77,7 +78,9 @@ class Forker:
         sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if not _is_the_pools(frame):
+        # Whose connection it has is decided there between two calls. No signal handler can run in between, so
+        # nothing but a tracer can fork there.
+        if not _is_the_pools(frame) or frame.f_code is PidPoolEntry.open.__code__:
             return None
         if event == "call":
             frame.f_trace_opcodes = self._event == "opcode"

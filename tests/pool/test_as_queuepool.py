@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, exc
-from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+from sqlalchemy.pool import PoolProxiedConnection, PoolResetState, QueuePool
 
 from pidpool import PidPool
 
@@ -85,8 +85,9 @@ class Run:
         return Connection(self.opened, self)
 
     def listener(self, name: str, arguments: int) -> Any:
-        def listener(connection: Any, *_: Any) -> None:
-            self.note(f"on {name}", None if connection is None else connection.number)
+        def listener(connection: Any, *others: Any) -> None:
+            states = [each for each in others if isinstance(each, PoolResetState)]
+            self.note(f"on {name}", None if connection is None else connection.number, *states)
 
         return {
             1: lambda a: listener(a),
@@ -102,6 +103,7 @@ class Run:
             ("checkout",) * 5
             + ("close",) * 3
             + ("drop", "drop", "detach", "invalidate", "soft", "twice", "again", "dispose", "all", "forget")
+            + ("close reset", "undo")
         )
         pool, random = self.pool, self.random
         if what == "checkout":
@@ -125,6 +127,10 @@ class Run:
                 checkout.detach()
             elif what == "soft":
                 checkout.invalidate(soft=True)
+            elif what == "undo":  # as an engine's connection does with an isolation level of its own
+                record: Any = checkout._connection_record  # type: ignore[attr-defined]
+                if record is not None:
+                    record.finalize_callback.append(lambda connection: self.note("undo", connection.number))
             elif what == "again":
                 checkout._checkout_existing()  # type: ignore[attr-defined]
                 checkout.close()
@@ -133,8 +139,11 @@ class Run:
                 self.checkouts.pop(number)
             else:
                 self.checkouts.pop(number)
-                if what == "close":
-                    checkout.close()
+                if what in ("close", "close reset"):
+                    if what == "close":
+                        checkout.close()
+                    else:  # as an engine's connection does that has rolled back
+                        checkout._close_special(transaction_reset=True)  # type: ignore[attr-defined]
                     self.returned.append(checkout)
                 elif what == "invalidate":
                     checkout.invalidate()
