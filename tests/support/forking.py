@@ -75,7 +75,7 @@ def _let_threads_sleep() -> None:
                         found.add(file.read().rpartition(") ")[2][0])
         return found
 
-    if len(os.listdir("/proc/self/task")) > 1:
+    if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
         until(lambda: states() | states() <= {"S"}, "another thread runs", patience=10, interval=0)
 
 
