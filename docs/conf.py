@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -22,8 +23,6 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 # In docstrings a name in single backquotes is a link if the page of it is here, and otherwise code.
 default_role = "py:obj"
-# Quotation marks become typographic ones; the dashes of --options stay.
-smartquotes_action = "qe"
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -48,5 +47,15 @@ def show_examples_as_code(app: Sphinx, context: Any, lines: list[str]) -> None:
     lines[:] = ["Example::", "", *(f"    {example}" for example in examples), ""]
 
 
+def show_options_as_code(app: Sphinx, context: Any, lines: list[str]) -> None:
+    """Make code of the options that help texts name: otherwise their hyphens become a dash."""
+    lines[:] = [
+        line if ".. option::" in line else re.sub(r"(?<![\w`-])--[a-z]+", r"``\g<0>``", line)
+        for line in lines
+    ]
+
+
 def setup(app: Sphinx) -> None:
     app.connect("sphinx-click-process-epilog", show_examples_as_code)
+    app.connect("sphinx-click-process-description", show_options_as_code)
+    app.connect("sphinx-click-process-options", show_options_as_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,3 +65,9 @@ def test_the_search_finds_the_error_without_a_network(built: Path, browser: Brow
         browser.run("[...document.querySelectorAll('#search-results li a')].map(a => a.href).join(' ')")
     )
     assert [url for url in browser.requested() if is_remote(url)] == []
+
+
+def test_options_keep_their_hyphens(built: Path) -> None:
+    page = (built / "reference" / "command-line.html").read_text()
+    assert "--check" in page
+    assert re.findall(r"–\w+", page) == []

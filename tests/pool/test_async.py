@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from events import Events
-from forking import How, run_in_child
+from forking import How, run_in_child, run_in_child_of_loop
 from parent import bytes_on_the_wire
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
@@ -45,25 +45,6 @@ async def server_pid(connection: AsyncConnection) -> int:
 
 def wire(tag: Any) -> tuple[int, int]:
     return bytes_on_the_wire(tag.fd)
-
-
-def fork_from(
-    loop: asyncio.AbstractEventLoop, child: Callable[[], Coroutine[Any, Any, None]], how: How
-) -> None:
-    """Fork in a task of the loop; in C between two of its runs. The child runs a loop of its own.
-
-    From 3.14 on, the loop and the task that run stand in the thread's state, and only PyOS_AfterFork_Child
-    clears them: a child that is forked in C meanwhile can run no loop. Hosts that fork in C run none there:
-    uWSGI's master has imported the application, and each worker runs a loop of its own.
-    """
-
-    async def task() -> None:
-        run_in_child(lambda: asyncio.run(child()), how=how)
-
-    if how == "python":
-        loop.run_until_complete(task())
-    else:
-        run_in_child(lambda: asyncio.run(child()), how=how)
 
 
 @pytest.fixture
@@ -151,7 +132,7 @@ def test_an_async_parent_never_notices(
 
     number, tag, transaction = loop.run_until_complete(open_one())
     before = wire(tag)
-    fork_from(loop, child, how)
+    run_in_child_of_loop(loop, child, how)
     assert wire(tag) == before
     loop.run_until_complete(go_on())
 

@@ -21,6 +21,7 @@ import ssl
 import struct
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import create_engine, make_url, text
@@ -91,7 +92,7 @@ libc = ctypes.PyDLL(None)
 
 
 class Turn:
-    """One fork, and what the parent finds afterwards. All its methods are coroutines, over any driver."""
+    """One fork, and what the parent finds afterwards. Coroutines use the driver, whichever it is."""
 
     def __init__(self, engine: Any, how: str, action: str) -> None:
         self.engine = engine
@@ -99,7 +100,15 @@ class Turn:
         self.action = action
         self.severed = 0
 
-    async def run(self) -> None:
+    def run(self, run: Callable[[Any], Any]) -> None:
+        run(self.open())
+        if self.how == "python":
+            run(self.fork_in_a_task())
+        else:  # between two runs of the loop: from Python 3.14 on a child that is forked in one can run none
+            self.fork()
+        run(self.look())
+
+    async def open(self) -> None:
         self.connection = await do(self.engine.connect())
         idle = await do(self.engine.connect())
         self.numbers = [await self.number(each) for each in (self.connection, idle)]
@@ -109,11 +118,16 @@ class Turn:
         self.raw = [await raw(each) for each in (self.connection, idle)] if pool == "pidpool" else []
         await do(idle.close())
         await do(self.connection.execute(text("insert into kept values ('parent')")))
-        number = await self.number(self.connection)
-        before = self.wire()
+        self.held_number = await self.number(self.connection)
+        self.bytes_before = self.wire()
         connection, self.connection = self.connection, None
         self.holder = [connection]
         del connection
+
+    async def fork_in_a_task(self) -> None:
+        self.fork()
+
+    def fork(self) -> None:
         gc.collect()
         pid = os.fork() if self.how == "python" else libc.fork()
         if pid == 0:
@@ -121,9 +135,11 @@ class Turn:
         signal.alarm(SECONDS)
         _, status = os.waitpid(pid, 0)
         assert status == 0, f"the child ended with status {status}"
-        assert self.wire() == before, "a foreign byte"
+
+    async def look(self) -> None:
+        assert self.wire() == self.bytes_before, "a foreign byte"
         connection = self.holder.pop()
-        assert await self.number(connection) == number, "another connection"
+        assert await self.number(connection) == self.held_number, "another connection"
         if pool == "pidpool":
             assert await raw(connection) is self.raw[0]
         await do(connection.commit())
@@ -226,18 +242,15 @@ def hung(*_: object) -> None:
 done: dict[str, Any] = {"forks": 0, "committed": 0, "found": 0, "failed": None}
 
 
-async def main() -> None:
+def main(run: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGALRM, hung)
     aside = make_engine(NullPool)
-    async with Closing(aside) as connection:
-        await do(connection.execute(text("drop table if exists kept")))
-        await do(connection.execute(text("create table kept (v varchar(20))")))
-        await do(connection.commit())
+    run(make_table(aside))
     engine = make_engine(pool_class)
     for how, action in itertools.product(HOWS, ACTIONS):
         done["forks"] += 1
         try:
-            await Turn(engine, how, action).run()
+            Turn(engine, how, action).run(run)
             done["committed"] += 1
         except Exception as error:
             signal.alarm(0)
@@ -245,12 +258,23 @@ async def main() -> None:
             break
     signal.alarm(SECONDS)
     try:
-        await do(engine.dispose())
-        async with Closing(aside) as connection:
-            rows = (await do(connection.execute(text("select v from kept")))).scalars().all()
-            done["found"] = rows.count("parent")
+        run(count_rows(engine, aside))
     except Exception as error:
         done["failed"] = done["failed"] or f"afterwards: {error}"[:300]
+
+
+async def make_table(aside: Any) -> None:
+    async with Closing(aside) as connection:
+        await do(connection.execute(text("drop table if exists kept")))
+        await do(connection.execute(text("create table kept (v varchar(20))")))
+        await do(connection.commit())
+
+
+async def count_rows(engine: Any, aside: Any) -> None:
+    await do(engine.dispose())
+    async with Closing(aside) as connection:
+        rows = (await do(connection.execute(text("select v from kept")))).scalars().all()
+        done["found"] = rows.count("parent")
 
 
 class Closing:
@@ -268,7 +292,7 @@ class Closing:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     try:
-        asyncio.run(main()) if is_async else run_now(main())
+        main(asyncio.new_event_loop().run_until_complete if is_async else run_now)
     except TimeoutError as error:  # a signal's handler raises between the tasks of a loop
         done["failed"] = str(error)
     print(json.dumps(done), flush=True)

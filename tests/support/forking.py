@@ -3,6 +3,7 @@ returned or the traceback of what it raised."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import faulthandler
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from waiting import until
@@ -167,6 +168,25 @@ def run_on_both_sides(
 def has_ended(pid: int) -> bool:
     """Return whether a child has ended; it is still to be reaped."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def run_in_child_of_loop(
+    loop: asyncio.AbstractEventLoop, child: Callable[[], Coroutine[Any, Any, None]], how: How
+) -> None:
+    """Run a coroutine in a child, in a loop of its own. Fork in a task of `loop`, or in C between its runs.
+
+    From 3.14 on, the loop and the task that run stand in the thread's state, and only PyOS_AfterFork_Child
+    clears them: a child that is forked in C meanwhile can run no loop. Hosts that fork in C run none there:
+    uWSGI's master has imported the application, and each worker runs a loop of its own.
+    """
+
+    async def task() -> None:
+        run_in_child(lambda: asyncio.run(child()), how=how)
+
+    if how == "python":
+        loop.run_until_complete(task())
+    else:
+        run_in_child(lambda: asyncio.run(child()), how=how)
 
 
 def _read_all(reader: int, deadline: float) -> tuple[bytes, bool]:
