@@ -24,6 +24,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from pidpool.stats import error_types
+from pidpool.stats.live_count import LiveCount
 from pidpool.stats.snapshots import BOUNDS, ConnectionStats, Counters, Histogram, PoolStats
 from pidpool.tag import ConnectionTag
 from pidpool.terms import CLOSE_REASONS, STATES_AT_FORK, TRIGGERS, CloseReason, StateAtFork, Trigger
@@ -159,40 +160,6 @@ def watch_forks(fork_state: _State, noticed_pid: _State) -> None:
     """
     global _fork_state, _noticed_pid
     _fork_state, _noticed_pid = fork_state, noticed_pid
-
-
-class LiveCount:
-    """Keeps a cell at the number of certain objects that are alive.
-
-    An object counts until it is collected, so an interrupt can't leave it counted.
-    """
-
-    def __init__(self, cells: memoryview, cell: int) -> None:
-        self._cells = cells
-        self._cell = cell
-        self._pid = os.getpid()
-        self._references: set[weakref.ref[object]] = set()
-
-    def add(self, counted: object) -> None:
-        """Count an object."""
-        reference = weakref.ref(counted, self._forget)
-        hash(reference)  # while it can be
-        self._references.add(reference)
-        self.write()
-
-    def write(self) -> None:
-        """Write the number. It is right already, unless a callback was interrupted."""
-        if self._pid != os.getpid():
-            return  # a child collects what its parent has counted
-        for reference in list(self._references):
-            if reference() is None:
-                self._references.discard(reference)
-        while self._cells[self._cell] != len(self._references):  # another thread has counted meanwhile
-            self._cells[self._cell] = len(self._references)
-
-    def _forget(self, reference: weakref.ref[object]) -> None:
-        self._references.discard(reference)
-        self.write()
 
 
 class ProcessCounters:
