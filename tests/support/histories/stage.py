@@ -179,7 +179,7 @@ class Stage:
             self._first.stdin.flush()  # type: ignore[union-attr]
             return self._first.stdout.readline().strip() == "0"  # type: ignore[union-attr]
 
-        until(left, "a process of the history still runs", patience=10)
+        until(left, "a process of the history still runs", patience=BOUND)
 
     # -- the server
 
