@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 FORKS = 20_000 if SOAK else 100
-BOUND = 7200 if SOAK else 110
+BOUND = 7200 if SOAK else 280
 
 
 @pytest.fixture
