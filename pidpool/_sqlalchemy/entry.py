@@ -265,9 +265,6 @@ class PidPoolEntry(_ConnectionRecord):
         try:
             took = detection.hold_forks_during(super()._ConnectionRecord__connect)  # type: ignore[misc]
         except BaseException as error:
-            stranded, self.dbapi_connection = self.dbapi_connection, None
-            if stranded is not None:  # by a listener that raised; SQLAlchemy closes it from 2.0.53 on
-                self.pidpool._close_connection(stranded, terminate=True)
             self.pool_events.connection_failed(error, time.perf_counter() - started)
             raise
         finally:

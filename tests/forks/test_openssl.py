@@ -26,7 +26,8 @@ def test_a_fork_beside_a_thread_that_ends_leaves_no_child_waiting(
     postgres: EmbeddedPostgres, what: str, seen: str
 ) -> None:
     """Threads of a pool are never in the middle. Of others, the thread that forked does not wait."""
-    program = [sys.executable, str(PROGRAM), postgres.url(tls=True), what]
+    # Python 3.12 and later warn of a fork beside threads.
+    program = [sys.executable, "-W", "ignore::DeprecationWarning", str(PROGRAM), postgres.url(tls=True), what]
     done = subprocess.run(program, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     (line,) = done.stdout.splitlines()

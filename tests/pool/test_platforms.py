@@ -14,7 +14,7 @@ url, missing, how = sys.argv[1:]
 missing = missing.split()
 if "register_at_fork" in missing:
     # The stdlib's own modules first: they take it for granted where there is a fork.
-    import concurrent.futures.thread, logging, random, threading
+    import asyncio, concurrent.futures.thread, logging, random, threading
     del os.register_at_fork
 if "fork" in missing:
     del os.fork

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from forking import run_in_child
-from killing import is_killed, kill_at
+from killing import is_killed, kill_at, trace_opcodes
 from soak import SOAK
 from waiting import until
 
@@ -219,7 +219,7 @@ def test_an_interrupt_at_any_instruction_loses_no_permit() -> None:
             return trace
 
         interrupted = False
-        sys.settrace(trace)
+        trace_opcodes(trace)
         try:
             permit = budget.take()
             if permit is not None:

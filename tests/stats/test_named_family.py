@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from events import Events
 from forking import run_in_child
+from killing import trace_opcodes
 from soak import SOAK
 from sqlalchemy import exc
 from waiting import until
@@ -508,7 +509,7 @@ def test_a_process_killed_at_any_instruction_of_making_a_family_blocks_none(
                 return trace
 
             try:
-                sys.settrace(trace)
+                trace_opcodes(trace)
                 Family(5, 10, name="shop").join()
             finally:
                 os._exit(0)

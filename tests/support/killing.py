@@ -25,6 +25,13 @@ def kill_at(instruction: int, *modules: ModuleType) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
+    trace_opcodes(trace)
+
+
+def trace_opcodes(trace: Callable[[Any, str, Any], Any]) -> None:
+    """As sys.settrace, for a tracer that has opcodes traced in some frames."""
+    # Python 3.12 looks only now whether there is a frame that wants it.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
 
 
