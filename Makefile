@@ -7,7 +7,8 @@ VENV ?= .venv
 REQUIRE ?=
 PYTEST_ARGS ?=
 # How many processes `make test` runs tests in, each with a PostgreSQL of its own; 0 for make's child alone.
-PROCESSES ?= logical
+# Two for each processor, since the tests wait for servers and children half of their time.
+PROCESSES ?= $(shell expr 2 '*' "$$(getconf _NPROCESSORS_ONLN)")
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 # For example: make test-versions VERSIONS_ARGS='--short 3.14'
