@@ -45,7 +45,7 @@ docs: $(VENV)/.docs ## build the documentation into docs/_build/; a warning is a
 	@echo "docs/_build/index.html"
 
 test: $(VENV)/.dev ## run the tests (PYTEST_ARGS='-k embedded', PROCESSES=0)
-	$(bounded) $(bin)/python -m pytest -m 'not system and not applications' -n $(PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	$(bounded) $(bin)/python -m pytest -m 'not system and not applications' -n $(PROCESSES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-system: $(VENV)/.system ## run the tests that need Chromium, MariaDB, PgBouncer, Prometheus, Redis and npm
 	$(bounded) $(bin)/python -m pytest -m system $(PYTEST_ARGS)
