@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 # For example: make test-versions VERSIONS_ARGS='--short 3.14'
 VERSIONS_ARGS ?=
 # The last resort for a test that its own time limit can't interrupt: all stacks are shown, then it ends.
-TEST_SECONDS ?= 1200
+TEST_SECONDS ?= 2400
 # Each has a virtual environment of its own, since their pins conflict.
 APPLICATIONS ?= optuna airflow mlflow superset
 airflow := apache-airflow-core apache-airflow-providers-standard asyncpg
