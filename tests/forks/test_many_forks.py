@@ -1,4 +1,4 @@
-"""Many forks in a row, 1,000 of each kind (20,000 in `make soak`): nothing of them stays in the parent.
+"""Many forks in a row, 500 of each kind (20,000 in `make soak`): nothing of them stays in the parent.
 
 With 100 open connections there are 500 forks (10,000 in `make soak`).
 """
@@ -25,7 +25,7 @@ from sqlalchemy import text
 from pidpool import PidPool
 from pidpool.forks import ownership
 
-FORKS = 20_000 if SOAK else 1_000
+FORKS = 20_000 if SOAK else 500
 FORKS_OF_MANY = 10_000 if SOAK else 500
 A_CHILD_USES = 50  # one child in so many opens a connection of its own
 GROWTH = 64 * 1024  # bytes in all, for what Python's own caches take; one object a fork would be more
