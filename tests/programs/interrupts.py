@@ -94,6 +94,7 @@ class Interrupter:
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
         if not _is_traced(frame.f_code):
             return None
+        frame.f_trace = self._trace_bytecode  # Python 3.13 and later look at it in the next line
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self._trace_bytecode
 

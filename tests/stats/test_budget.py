@@ -211,6 +211,7 @@ def test_an_interrupt_at_any_instruction_loses_no_permit() -> None:
         def trace(frame: Any, event: str, argument: object) -> Any:
             nonlocal left
             if frame.f_code.co_filename in codes and frame.f_code.co_name != "__del__":
+                frame.f_trace = trace  # Python 3.13 and later look at it in the next line
                 frame.f_trace_opcodes = True
                 left -= event == "opcode"
                 if left == -1:

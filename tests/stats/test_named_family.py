@@ -502,6 +502,7 @@ def test_a_process_killed_at_any_instruction_of_making_a_family_blocks_none(
             def trace(frame: Any, event: str, argument: object) -> Any:
                 nonlocal left
                 if frame.f_code.co_filename in codes:
+                    frame.f_trace = trace  # Python 3.13 and later look at it in the next line
                     frame.f_trace_opcodes = True
                     left -= event == "opcode"
                     if left < 0:

@@ -18,6 +18,7 @@ def kill_at(instruction: int, *modules: ModuleType) -> None:
     def trace(frame: Any, event: str, argument: object) -> Any:
         nonlocal left
         if frame.f_code.co_filename in files:
+            frame.f_trace = trace  # Python 3.13 and later look at it in the next line
             frame.f_trace_opcodes = True
             frame.f_trace_lines = False
             left -= event == "opcode"
