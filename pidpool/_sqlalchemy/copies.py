@@ -130,8 +130,21 @@ def check_in(self: Any, transaction_was_reset: bool = False) -> None:
         if not transaction_was_reset:
             pool._dialect.do_rollback(self)
     except BaseException as error:
+        if self.entry is None:  # a reset listener has detached or invalidated it before
+            self.held_connection = None
+            pool.logger.error("Exception during reset or similar", exc_info=True)
+            if not isinstance(error, Exception):
+                raise
+            return
         self.reset_error = error
         _ConnectionFairy._checkin(self)
+        return
+    if fork_state[0] == FORKED:
+        detection.notice_fork()
+    # A reset listener has detached or invalidated it. Or this is a child, forked in the lines above: what
+    # follows would use its parent's connection.
+    if self.entry is not entry or entry.inherited:
+        self.let_go()
         return
     entry.owned.used_by = entry.fairy_ref = None
     connection = entry.dbapi_connection

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from engines import MakeEngine, pool_of, raw
-from forking import run_on_both_sides
+from forking import HOWS, How, run_on_both_sides
 from parent import server_pid
 from sqlalchemy import event
 
@@ -52,3 +52,42 @@ def test_a_child_forked_in_a_connect_listener_gets_a_connection_of_its_own(
     assert number != childs and owner == parent != child
     with engine.connect() as connection:
         assert server_pid(connection) == number
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("was_reset", [True, False])
+def test_a_child_forked_in_a_reset_listener_undoes_nothing_on_its_parents_connection(
+    tls_url: str, make_engine: MakeEngine, how: How, was_reset: bool
+) -> None:
+    engine = make_engine(tls_url, pool_size=1, max_overflow=0, pool_timeout=10)
+    pool = pool_of(engine)
+
+    def check_in(fork_once: Callable[[], None]) -> tuple[list[str], list[str], int]:
+        undone: list[str] = []
+        returned: list[str] = []
+
+        def undo(connection: Any) -> None:
+            undone.append(type(connection).__name__)
+            connection.cursor().execute("select 1")
+            connection.rollback()
+
+        event.listen(engine, "reset", lambda *_: fork_once())
+        event.listen(engine, "checkin", lambda connection, _: returned.append(type(connection).__name__))
+        checkout: Any = engine.raw_connection()
+        checkout._connection_record.finalize_callback.append(undo)
+        checkout._close_special(transaction_reset=was_reset)
+        counts = pool.checkedout()
+        with engine.connect() as connection:
+            assert pool.checkedout() == 1
+            server_pid(connection)
+        answer = undone[:], returned[:1], counts
+        if os.getpid() != parent:
+            engine.dispose()
+        return answer
+
+    parent = os.getpid()
+    ours, childs = run_on_both_sides(check_in, how=how)
+    assert ours == (["connection"], ["connection"], 0)
+    assert childs[0] == [] and childs[2] == 0
+    with engine.connect() as connection:
+        server_pid(connection)
