@@ -306,7 +306,12 @@ class PidPoolEntry(_ConnectionRecord):
         checkout = self.current_checkout()
         if checkout is not None:
             checkout.entry = None
-        super().checkin(_fairy_was_created)
+        try:
+            super().checkin(_fairy_was_created)
+        except BaseException as error:
+            if self.fairy_ref is None and self.out_since:  # a listener has raised: it was not returned
+                self.end(error)
+            raise
 
     def _let_go_if_inherited(self) -> bool:
         if fork_state[0] == FORKED:
