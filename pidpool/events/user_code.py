@@ -61,7 +61,10 @@ def forking_lines(skipped: int = 0) -> ForkingLines:
     """
     lines: ForkingLines = []
     left = _MOST_LOOKED_AT
-    frame: FrameType | None = sys._getframe(1 + skipped)
+    try:
+        frame: FrameType | None = sys._getframe(1 + skipped)
+    except ValueError:  # a fork in C that runs Python's hooks, as uWSGI's: no Python code has called it
+        return lines
     while frame is not None and left:
         module = frame.f_globals["__name__"] if "__name__" in frame.f_globals else None  # noqa: SIM401  a call
         lines += ((frame.f_code, frame.f_lineno, module),)

@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -253,3 +254,26 @@ def test_a_fork_that_is_noticed_later_has_no_line(tls_url: str, make_engine: Mak
         if "c with child hooks" in HOWS:
             with_hook = run_in_child(child, how="c with child hooks")
             assert [each.split(" < ")[0].rpartition(" in ")[2] for each in with_hook] == ["fork", "fork"]
+
+
+def test_a_fork_may_have_no_python_code_at_all(tls_url: str) -> None:
+    """As one in C that runs Python's hooks: uWSGI's, say. The hooks find no caller."""
+    program = f"""
+import _thread, os, sys, time
+from sqlalchemy import create_engine, text
+from pidpool import PidPool
+
+engine = create_engine({tls_url!r}, poolclass=PidPool)
+engine.connect().close()
+sys.unraisablehook = lambda error: os.write(2, f"in a hook: {{error.exc_value!r}}\\n".encode())
+_thread.start_new_thread(os.fork, ())
+deadline = time.monotonic() + 30
+while not engine.pool.stats().counters.forks and time.monotonic() < deadline:
+    time.sleep(0.01)
+os.waitpid(-1, 0)
+with engine.connect() as connection:
+    print(connection.scalar(text("select 1")))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "1\n"
+    assert "in a hook" not in ended.stderr
