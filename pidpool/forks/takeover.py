@@ -147,7 +147,7 @@ def _note_fork(at: float) -> None:
     # Runs in the parent at every fork, so it calls little and touches few objects: each of their pages is
     # copied. As a rule all connections are idle, and none has to be looked at.
     idle: dict[Lineage, int] = {}
-    left = len(owned_connections)
+    left = has_any = len(owned_connections)
     must_look = bool(detached_connections)
     for reference in list(_pools.values()):
         pool = reference()
@@ -157,7 +157,7 @@ def _note_fork(at: float) -> None:
         if lineage not in idle:
             lineage.counters.cells[FORKS] += 1
             idle[lineage] = 0
-        if left and not must_look:
+        if has_any and not must_look:  # all pools: an entry without a connection counts as one
             queued = pool.connections_in_queue()
             if queued is None:
                 must_look = True

@@ -354,6 +354,20 @@ def test_a_pool_and_its_predecessors_are_adopted_once(
     holder.pop().close()
 
 
+def test_an_idle_entry_without_a_connection_is_no_other_pools_connection(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    without = make_engine(tls_url, pool_logging_name="without", logger=events.logger)
+    engine = make_engine(tls_url, pool_logging_name="with", logger=events.logger)
+    with without.connect() as connection:
+        connection.invalidate()
+    with engine.connect() as connection:
+        run_in_child(int)
+        engine.connect().close()
+    forked = events.the("pool.forked")
+    assert (forked["pool"], forked["idle"], forked["checked_out"]) == ("with", 0, 1)
+
+
 @pytest.mark.usefixtures("table", "clean_log")
 @pytest.mark.parametrize("how", ["python", "c"])
 def test_an_inherited_connection_is_logged_before_it_is_refused(
