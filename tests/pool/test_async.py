@@ -287,3 +287,37 @@ def test_an_item_for_a_task_that_gave_up_is_not_lost(use_lifo: bool) -> None:
         assert queue.get(False) == (2 if use_lifo else 1)
 
     asyncio.run(give_up())
+
+
+@both_drivers
+def test_a_child_forked_in_the_middle_of_a_first_connect_connects(
+    postgres: EmbeddedPostgres, driver: str
+) -> None:
+    """It has a copy of the task that connects, which never runs there, and of its lock."""
+
+    async def use(engine: AsyncEngine) -> int:
+        async with engine.connect() as connection:
+            return await server_pid(connection)
+
+    async def use_and_dispose(engine: AsyncEngine) -> int:
+        number = await asyncio.wait_for(use(engine), 20)
+        await engine.dispose()
+        return number
+
+    async def fork_meanwhile() -> None:
+        async with an_engine(postgres.url(driver=driver)) as engine:
+            connecting = asyncio.create_task(use(engine))
+            dialect = engine.sync_engine.dialect
+            has_begun = asyncio.Event()
+            initialize = dialect.initialize
+
+            def note_and_initialize(connection: Any) -> None:
+                has_begun.set()
+                initialize(connection)
+
+            dialect.initialize = note_and_initialize  # type: ignore[method-assign]
+            await has_begun.wait()
+            childs = run_in_child(lambda: asyncio.run(use_and_dispose(engine)))
+            assert childs != await connecting
+
+    asyncio.run(fork_meanwhile())
