@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 from sqlalchemy.util import queue as sqlalchemy_queue
@@ -89,8 +90,10 @@ class ClosingQueuePool(HookedQueuePool):
                     return
         else:  # an asyncio queue, in its own loop: no other task runs before it is whole again
             found: list[Any] = []
-            while not idle.empty():
-                found.append(idle.get(False))
+            # Not until it is empty: an item that was put for a task that has not run yet is that task's.
+            with suppress(sqlalchemy_queue.Empty):
+                while True:
+                    found.append(idle.get(False))
             if idle.use_lifo:
                 found.reverse()
             due = [each for each in found if is_due(each)][:most]

@@ -14,6 +14,7 @@ from events import Events
 from forking import run_in_child
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import greenlet_spawn
 from waiting import until
 
 from pidpool import AsyncPidPool, PidPool
@@ -154,3 +155,20 @@ def test_no_jitter_without_pool_recycle() -> None:
     pool.connect().close()
     pool.connect().close()
     assert pool.stats().counters.closed["recycled"] == 0
+
+
+def test_an_item_under_way_to_a_task_ends_no_closing_of_idle_connections() -> None:
+    async def close_idle() -> None:
+        pool = AsyncPidPool(Connection, pool_size=2, max_overflow=0, timeout=30, max_idle=3600)
+        one, other = await greenlet_spawn(pool.connect), await greenlet_spawn(pool.connect)
+        waiting = asyncio.create_task(greenlet_spawn(pool.connect))
+        until_waiting = time.monotonic() + 30
+        while not pool.stats().waiting and time.monotonic() < until_waiting:
+            await asyncio.sleep(0)
+        one.close()  # from now on that task's, which has not run yet
+        other.close()
+        pool._close_due()
+        (await waiting).close()
+        assert (pool.checkedin(), pool.overflow()) == (2, 0)
+
+    asyncio.run(close_idle())
