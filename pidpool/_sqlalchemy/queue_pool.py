@@ -21,7 +21,7 @@ from pidpool._sqlalchemy.wait import Wait
 from pidpool.events.pool_events import PoolEvents
 from pidpool.forks import detection, severing
 from pidpool.forks.detection import FORKED, fork_state
-from pidpool.forks.ownership import owned_connections
+from pidpool.forks.ownership import OwnedConnection, owned_connections
 from pidpool.forks.stand_in import DisownedConnection
 from pidpool.stats.budget import POLL, Permit
 from pidpool.stats.process_counters import IN_STATE_SINCE, LAST_BUCKET, THREAD, USE, USE_SUM
@@ -196,6 +196,9 @@ class HookedQueuePool(QueuePool):
             # Afterwards: if a signal handler forks meanwhile, the child finds the connection, and severs it.
             owned.let_go()
             owned.give_back_permit()
+            self._note_closed(owned)  # also if a task was cancelled here: it is closed, or dropped
+
+    def _note_closed(self, owned: OwnedConnection) -> None:
         entry = cast("PidPoolEntry | None", owned.entry())
         reason: CloseReason = "detached"
         if owned.detached is None:

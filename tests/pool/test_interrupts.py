@@ -89,6 +89,23 @@ def test_an_interrupted_close_leaves_no_thread_waiting_for_ever() -> None:
     assert interrupted
 
 
+def test_a_connection_whose_close_is_interrupted_counts_as_closed() -> None:
+    """As when a task of asyncio is cancelled that closes one."""
+
+    class Interrupted(sqlite3.Connection):
+        def close(self) -> None:
+            super().close()
+            raise KeyboardInterrupt
+
+    pool = PidPool(lambda: sqlite3.connect(":memory:", factory=Interrupted), pool_size=1, max_overflow=0)
+    checkout = pool.connect()
+    with pytest.raises(KeyboardInterrupt):
+        checkout.invalidate()
+    counts = pool.stats().counters
+    assert (counts.opened, counts.closed["invalidated"]) == (1, 1)
+    assert pool.checkedout() == 0
+
+
 PROGRAM = Path(__file__).parent.parent / "programs" / "interrupts.py"
 OPERATIONS = [
     *("checkout, idle", "checkout, opens", "checkout, times out", "checkin", "checkin, overflow"),
