@@ -138,10 +138,8 @@ class HookedQueuePool(QueuePool):
         self._pool = self._queue_class(inherited.maxsize, use_lifo=inherited.use_lifo)
         if isinstance(inherited, IdleQueue):
             inherited.abandon()
-        # A task of asyncio may be in the middle of a first connect, too, which never ends in the child.
-        is_whole = was_alone and isinstance(inherited, IdleQueue)
         # SQLAlchemy makes it at the first use: it is not there if nothing has connected or listened yet.
-        if not is_whole and "dispatch" in self.__dict__:
+        if not was_alone and "dispatch" in self.__dict__:
             renew_first_connect(self.dispatch)
 
     # -- opening and closing

@@ -102,7 +102,7 @@ class NoticedFork:
         self.trigger = trigger
         self.connects_in_flight = connects_in_flight
         self.is_alone = is_alone
-        """Whether the parent had no other thread, so that none was in the middle of anything."""
+        """Whether the parent had no other thread and no connect in flight: nothing was in the middle."""
 
 
 # -- what the other modules register
@@ -135,8 +135,8 @@ def register_child_callback(callback: Callable[[NoticedFork], None]) -> None:
 def register_hook_callback(callback: Callable[[bool], bool]) -> None:
     """Have `callback(is_alone)` called in a child's at-fork hook, for what can't wait for a pool's first use.
 
-    `is_alone` is whether the parent noted this fork and had no other thread. The callback returns whether all
-    the rest can wait. If one can't, the hook deals with the fork at once.
+    `is_alone` is whether the parent noted this fork, and had no other thread and no connect in flight. The
+    callback returns whether all the rest can wait. If one can't, the hook deals with the fork at once.
     """
     _hook_callbacks.append(callback)
 
@@ -232,8 +232,8 @@ def notice_fork() -> None:
 
 
 _forks_alone = False
-"""Whether this process forks, or was forked, by the only thread that it had: no other can be in the middle of
-a connect or of a log line, so there is nothing to wait for, to hold or to renew."""
+"""Whether this process forks, or was forked, by the only thread that it had, outside of a connect: nothing is
+in the middle of a connect or of a log line, so there is nothing to wait for, to hold or to renew."""
 
 _hooked_pid = 0
 """The process whose at-fork hook has run. What can wait is left to the first look at `fork_state`."""
@@ -260,6 +260,8 @@ def _before_fork() -> None:
         not _has_dead_threads
         and len(sys._current_frames()) == 1
         and not ("gevent" in sys.modules or "eventlet" in sys.modules)
+        # This thread's own: a task of asyncio's, or one in which a signal handler or a listener forks.
+        and not _gate.connecting
     )
     if not _forks_alone:
         _gate.before_fork()

@@ -37,13 +37,14 @@ class ConnectGate:
     """
 
     def __init__(self) -> None:
-        self._connecting: dict[int, weakref.ref[Passage]] = {}
+        self.connecting: dict[int, weakref.ref[Passage]] = {}
+        """The connects in flight, by `id()`; perhaps with some that were interrupted."""
         self._forking: dict[int, int] = {}
 
     def enter_connect(self, passage: Passage) -> None:
         """Wait until no other thread is forking; called before a connection is opened."""
         thread = threading.get_ident()
-        self._connecting[id(passage)] = weakref.ref(passage)
+        self.connecting[id(passage)] = weakref.ref(passage)
         # A thread that connects or forks already must not wait: the fork may be waiting for it.
         if self._forking and thread not in self._forking and self._threads().count(thread) == 1:
             passage.thread = None
@@ -53,7 +54,7 @@ class ConnectGate:
     def leave_connect(self, passage: Passage) -> None:
         """Note that the connection is open and its connect events have run, or that it failed."""
         passage.thread = None
-        self._connecting.pop(id(passage), None)
+        self.connecting.pop(id(passage), None)
 
     def before_fork(self) -> None:
         """Wait until no other thread is connecting; a thread that forks itself does not count."""
@@ -77,11 +78,11 @@ class ConnectGate:
 
     def _threads(self) -> list[int]:
         found = []
-        for key, reference in list(self._connecting.items()):
+        for key, reference in list(self.connecting.items()):
             passage = reference()
             if passage is None:
-                if self._connecting.get(key) is reference:
-                    self._connecting.pop(key, None)
+                if self.connecting.get(key) is reference:
+                    self.connecting.pop(key, None)
             elif passage.thread is not None:
                 found.append(passage.thread)
         return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from engines import MakeEngine, pool_of, raw
-from forking import HOWS, How, run_on_both_sides
+from forking import HOWS, How, run_in_child, run_on_both_sides
 from parent import server_pid
 from sqlalchemy import event
 
@@ -91,3 +91,26 @@ def test_a_child_forked_in_a_reset_listener_undoes_nothing_on_its_parents_connec
     assert childs[0] == [] and childs[2] == 0
     with engine.connect() as connection:
         server_pid(connection)
+
+
+def test_a_child_forked_in_the_middle_of_a_first_connect_connects_there(
+    tls_url: str, make_engine: MakeEngine
+) -> None:
+    """It can't wait for that connect, whose lock its own thread has."""
+    engine = make_engine(tls_url)
+    found: list[int] = []
+
+    def use() -> int:
+        with engine.connect() as connection:
+            number = server_pid(connection)
+        engine.dispose()
+        return number
+
+    @event.listens_for(engine, "connect")
+    def fork_once(*_: Any) -> None:
+        if not found:
+            found.append(os.getpid())
+            found.append(run_in_child(use))
+
+    with engine.connect() as connection:
+        assert server_pid(connection) != found[1]

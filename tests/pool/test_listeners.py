@@ -50,6 +50,7 @@ def test_a_checkout_that_a_reset_listener_has_ended_is_returned_once(end: str, w
     assert one.dbapi_connection is not other.dbapi_connection
 
 
+@pytest.mark.filterwarnings("ignore:Double checkin")  # by SQLAlchemy's own checkin
 def test_an_interrupt_after_a_reset_listener_has_ended_the_checkout_is_raised() -> None:
     pool, _ = make_pool()
 

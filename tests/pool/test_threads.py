@@ -426,4 +426,4 @@ def test_a_child_forked_inside_a_creator_leaves_the_parents_gate_alone(tls_url: 
         assert gate.in_flight(0) == 1
     finally:
         detection.leave_connect(gate, passage)
-    assert not gate._connecting
+    assert not gate.connecting
