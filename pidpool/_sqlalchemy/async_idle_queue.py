@@ -69,7 +69,8 @@ class AsyncIdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         if waiter.done():
             self._under_way -= 1
             return True
-        self._waiters.remove(waiter)
+        if waiter in self._waiters:  # unless a signal handler has raised while an item was handed out
+            self._waiters.remove(waiter)
         return False
 
     def put(self, item: _T, block: bool = True, timeout: float | None = None) -> None:

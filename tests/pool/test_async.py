@@ -289,6 +289,29 @@ def test_an_item_for_a_task_that_gave_up_is_not_lost(use_lifo: bool) -> None:
     asyncio.run(give_up())
 
 
+def test_a_task_whose_item_was_lost_in_an_interrupt_waits_no_longer_than_its_time() -> None:
+    class SoftTimeLimit(Exception):
+        pass
+
+    async def wait() -> None:
+        queue: AsyncIdleQueue[int] = AsyncIdleQueue(2)
+        task = asyncio.create_task(_in_greenlet(queue.get, True, 0.05))
+        await asyncio.sleep(0)
+
+        def pop() -> int:
+            raise SoftTimeLimit
+
+        with pytest.MonkeyPatch.context() as interrupted:
+            interrupted.setattr(queue, "_pop", pop)
+            with pytest.raises(SoftTimeLimit):
+                queue.put(1)
+        with pytest.raises(Empty):
+            await task
+        assert queue.get(False) == 1
+
+    asyncio.run(wait())
+
+
 @both_drivers
 def test_a_child_forked_in_the_middle_of_a_first_connect_connects(
     postgres: EmbeddedPostgres, driver: str
