@@ -6,7 +6,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import NamedTuple
+
+LOOKS, BETWEEN_LOOKS = 100, 0.002
+"""How often, and after how many seconds, a moment is looked for in which each socket has one descriptor."""
 
 
 class NewSocket(NamedTuple):
@@ -29,9 +33,7 @@ class Sockets:
         :param address: a TCP port, or the path of a Unix socket.
         """
         found = []
-        for fd, inode in _inodes().items():
-            if inode in self._inodes:
-                continue
+        for fd in self._new_ones():
             try:
                 with socket.socket(fileno=os.dup(fd)) as copy:
                     ours, other = copy.getsockname(), copy.getpeername()
@@ -43,6 +45,14 @@ class Sockets:
             elif other == address:
                 found.append(NewSocket(fd, None))
         return found
+
+    def _new_ones(self) -> list[int]:
+        for _ in range(LOOKS):
+            new = {fd: inode for fd, inode in _inodes().items() if inode not in self._inodes}
+            if len(set(new.values())) == len(new):
+                break
+            time.sleep(BETWEEN_LOOKS)  # another thread looks at a copy of one, as is done above
+        return list(new)
 
 
 def _inodes() -> dict[int, str]:
