@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sessions import kill_session
 from waiting import until
 
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -74,11 +75,7 @@ def running(name: str, directory: Path, environment: dict[str, str], *command: s
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 pass
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait(10)
+            kill_session(process)
 
 
 def port_in(log: Path, pattern: str) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import pages
 import pytest
 from following import Adapted, follow, shell, write_files
+from sessions import kill_session
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
@@ -91,9 +92,7 @@ class Application:
                 os.killpg(process.pid, signal.SIGTERM)  # its own group, since start_new_session
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_session(process)
 
     def run(self, *command: str, seconds: float = 300.0, **environment: str) -> None:
         with self.running(*command, **environment) as process:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pages
+from sessions import kill_session
 from sqlalchemy import make_url
 
 
@@ -82,11 +82,7 @@ def shell(directory: Path, environment: Mapping[str, str]) -> Iterator[subproces
             process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             pass
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+        kill_session(process)
 
 
 def follow(

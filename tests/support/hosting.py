@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sessions import kill_session
 from sqlalchemy import Engine, create_engine, text
 from waiting import until
 
@@ -154,9 +155,7 @@ class Run:
             except (subprocess.TimeoutExpired, AssertionError) as error:
                 self.note(str(error))
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own group, since start_new_session
-            process.wait()
+            kill_session(process)
 
     def note(self, problem: str) -> None:
         with self.report.open("a") as file:
