@@ -18,15 +18,16 @@ QUESTION = "How it grows"
 READING = """\
 CPU time of one checkout and checkin in a pool of 1 to 1,000 connections, all idle (so that they take turns)
 or all but one checked out; and, with 1 to 256 processes of a family alive, each with the pool, of a cycle
-in the parent, of its next `os.fork()` and of a snapshot of all processes' numbers. *Flat* allows for the
-processor's caches, which more memory slows: the most that QueuePool's own cycle grows by, and a quarter."""
+in the parent (against QueuePool's in the same process, by turns), of its next `os.fork()` and of a snapshot
+of all processes' numbers. *Flat* allows for the processor's caches, which more memory slows: the most that
+QueuePool's own cycle grows by, and a quarter."""
 
 CONNECTIONS = (1, 10, 100, 1000)
 PROCESSES = (1, 16, 64, 256)
 FLAT = 1.25
 
-CYCLE = "a cycle in the parent"
-FORK = "the parent's next os.fork()"
+CYCLE = "a cycle in the parent, against QueuePool's,"
+FORK = "the parent's next os.fork(),"
 SNAPSHOT = "family_stats(), per process,"
 
 
@@ -95,9 +96,11 @@ class Family:
 def _by_processes(scale: Scale) -> dict[str, list[Spread]]:
     """Return the cost of each thing with so many processes alive, this one included."""
     pool: Any = contenders.pool(PID, fake_driver.SocketConnection)
-    cycle = cpu_slice(contenders.cycle(pool), 200)
+    queue = contenders.pool(QUEUE, fake_driver.SocketConnection)
+    cycles = {QUEUE: cpu_slice(contenders.cycle(queue), 200), PID: cpu_slice(contenders.cycle(pool), 200)}
     snapshot = cpu_slice(pool.family_stats, 1)
-    cycle()
+    for cycle in cycles.values():
+        cycle()
     settle()
     family = Family(pool.status)
     costs: dict[str, list[Spread]] = {CYCLE: [], FORK: [], SNAPSHOT: []}
@@ -105,7 +108,8 @@ def _by_processes(scale: Scale) -> dict[str, list[Spread]]:
         took: list[float] = []
         for processes in range(1, max(PROCESSES) + 1):
             if processes in PROCESSES:
-                costs[CYCLE].append(Spread.of([cycle() for _ in range(scale.rounds(200))]))
+                measured = alternate(cycles, scale.rounds(200))
+                costs[CYCLE].append(ratios(measured[PID], measured[QUEUE]))
                 each = [snapshot() / processes for _ in range(scale.rounds(50))]
                 costs[SNAPSHOT].append(Spread.of(each))
             took.append(family.grow())
@@ -141,8 +145,9 @@ def answer(scale: Scale) -> Answer:
         growth_by = max(spread.median for spread in spreads) / spreads[0].median
         label = f"1 to 256 processes: {what} at the most"
         rows.append(Row(label, f"{growth_by:.2f} × that with 1", "flat", growth_by <= FLAT))
-        costs = ", ".join(f"{spread.median * 1e6:,.1f}" for spread in spreads)
-        rows.append(Row(f"{what}: 1, 16, 64, 256 processes", f"{costs} µs"))
+        factor, unit = (1, "×") if what == CYCLE else (1e6, "µs")
+        costs = ", ".join(f"{spread.median * factor:,.2f}" for spread in spreads)
+        rows.append(Row(f"{what} 1, 16, 64, 256 processes", f"{costs} {unit}"))
     panel = Panel(
         "A cycle in a pool of many connections, all idle",
         "µs of CPU time",
