@@ -335,27 +335,7 @@ class PidPool(ClosingQueuePool):
         self.pool_events.counters.add_inherited(states, severed)
         has_warning = takeover.fork.connects_in_flight or states.count("idle") < len(states)
         level = logging.WARNING if has_warning else logging.INFO
-        self.pool_events.log_later(self._log_takeover, takeover, level)
-
-    def _log_takeover(self, takeover: Takeover, level: int) -> None:
-        if not self.pool_events.is_enabled(level):
-            return  # to make events that nothing takes costs a child dozens of pages
-        fork, connections = takeover.fork, takeover.open_connections()
-        # Without a hook the line that runs now is another one, and the line of an earlier fork may be there.
-        is_known = fork.trigger == "hook" and takeover.connections
-        forked_at = self.pool_events.forked_at if is_known else None
-        self.pool_events.pool_adopted(
-            fork.at,
-            fork.parent_pid,
-            fork.trigger,
-            connections.idle,
-            connections.checked_out,
-            connections.in_transaction,
-            fork.connects_in_flight,
-            forked_at,
-        )
-        for tag, state, action, where in takeover.connections:
-            self.pool_events.connection_inherited(fork.at, tag, state, action, where, forked_at)
+        self.pool_events.log_later(_log_takeover, self.pool_events, takeover, level)
 
     def log_waiting_events(self, until: float = math.inf) -> None:
         """Log the events that could not be logged when they happened; none after `until`."""
@@ -404,6 +384,29 @@ class _Refusal:
         self.owner_pid = owner_pid
         self.idle = idle
         self.is_reported = False
+
+
+def _log_takeover(events: PoolEvents, takeover: Takeover, level: int) -> None:
+    # Not a method of the pool: what waits in a process when it forks is kept in the child for good, and must
+    # not keep a pool (tests/forks/test_grandchildren.py::test_a_pool_that_a_grandchild_disposed_of_goes).
+    if not events.is_enabled(level):
+        return  # to make events that nothing takes costs a child dozens of pages
+    fork, connections = takeover.fork, takeover.open_connections()
+    # Without a hook the line that runs now is another one, and the line of an earlier fork may be there.
+    is_known = fork.trigger == "hook" and takeover.connections
+    forked_at = events.forked_at if is_known else None
+    events.pool_adopted(
+        fork.at,
+        fork.parent_pid,
+        fork.trigger,
+        connections.idle,
+        connections.checked_out,
+        connections.in_transaction,
+        fork.connects_in_flight,
+        forked_at,
+    )
+    for tag, state, action, where in takeover.connections:
+        events.connection_inherited(fork.at, tag, state, action, where, forked_at)
 
 
 def _watched_checkouts() -> Iterator[WatchedCheckout]:

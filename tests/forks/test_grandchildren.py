@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -61,6 +63,28 @@ def test_a_grandchild_disowns_what_both_its_ancestors_opened(
         for connection in filter(None, [parent.connection, of_child]):
             connection.close()
         engine.dispose()
+
+    run_in_child(child, how=first)
+    parent.notices_nothing()
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("first", ["python", "c"])
+@pytest.mark.parametrize("second", ["python", "c"])
+def test_a_pool_that_a_grandchild_disposed_of_goes(engine: Engine, first: How, second: How) -> None:
+    parent = Parent(engine, "no transaction")
+
+    def child() -> None:  # forks before it uses its pool: its events wait
+        run_in_child(grandchild, how=second)
+
+    def grandchild() -> None:
+        connection = engine.connect()
+        pool = weakref.ref(engine.pool)
+        engine.dispose(close=False)
+        connection.close()
+        parent.connection.close()
+        gc.collect()
+        assert pool() is None
 
     run_in_child(child, how=first)
     parent.notices_nothing()

@@ -224,6 +224,9 @@ class History:
         self.stage.proxy.forget()
         with contextlib.suppress(AssertionError):
             self.stage.reap()
+        # Or what the server says of a process that was killed above would be in the next history's log.
+        with contextlib.suppress(HistoryFailed):
+            self._wait_until_server_has_no_session()
 
     # -- which steps are possible
 
@@ -725,9 +728,7 @@ class History:
     def _check_rows(self) -> None:
         for session in self.sessions:
             self._check(session.wire.has_ended, f"session {session.server_pid} outlives all processes")
-        for _ in _bounded("the server still has sessions of this history"):
-            if not self.stage.ask(_OTHER_CLIENTS):
-                break
+        self._wait_until_server_has_no_session()
         found = dict(self.stage.ask(f"select v, count(*) from kept where history = {self.number} group by v"))
         twice = {value: count for value, count in found.items() if count > 1}
         self._check(not twice, f"written twice: {twice}")
@@ -735,6 +736,12 @@ class History:
         self._check(not lost, f"reported committed, but not there: {sorted(lost)}")
         undead = self._rolled_back & set(found)
         self._check(not undead, f"rolled back, but there: {sorted(undead)}")
+
+    def _wait_until_server_has_no_session(self) -> None:
+        """A session's process has said all that it says when it is gone."""
+        for _ in _bounded("the server still has sessions of this history"):
+            if not self.stage.ask(_OTHER_CLIENTS):
+                break
 
     def _check_log(self) -> None:
         allowed = [f"[{each.server_pid}]" for each in self.sessions if each.may_be_complained_of]
