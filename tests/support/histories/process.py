@@ -130,10 +130,11 @@ class HistoryProcess:
     @contextlib.contextmanager
     def _patient(self, seconds: float | None) -> Iterator[None]:
         """Have the pool wait for so long at most; None for as long as its options say."""
+        if seconds is None:
+            yield  # with no pool here: a fork in this thread, or in another, keeps the frame in the child
+            return
         pool: Any = self.engine.pool
-        timeout = pool._timeout
-        if seconds is not None:
-            pool._timeout = seconds
+        timeout, pool._timeout = pool._timeout, seconds
         try:
             yield
         finally:
