@@ -353,6 +353,7 @@ class History:
             length = s.savepoints.pop()
             self._rolled_back.update(s.writes[length:])
             del s.writes[length:]
+            s.next_row = None
 
     @_step
     def lock(self, process: str, slot: str, thread: str = "main") -> None:

@@ -124,7 +124,7 @@ class HistoryProcess:
             answer = {"error": _described(error), **self._give_up(slot)}
             del error
             gc.collect()
-            return answer
+            return {**answer, **self._state(None)}
         return {"value": value, **self._state(slot)}
 
     @contextlib.contextmanager
@@ -196,6 +196,7 @@ class HistoryProcess:
 
     def do_roll_back_to_savepoint(self, slot: str) -> None:
         self.held[slot].savepoints.pop().rollback()
+        self.held[slot].rows = None  # the server closes a cursor that was opened since
 
     def do_lock(self, slot: str, key: int) -> None:
         self._one(slot, f"select pg_advisory_lock({key})")
