@@ -928,7 +928,9 @@ class History:
     def _inherit(self, p: Process, child: Process, inside_slot: str | None) -> None:
         child.generation, child.idle = p.generation, p.idle
         child.is_refused = self._policy == "refuse" and (p.is_refused or p.idle > 0)
-        own = [each for each in self.sessions if each.owner is p and not each.wire.has_ended]
+        # One that was ended on purpose has a descriptor until its owner notices.
+        may_be_open = (each for each in self.sessions if each.is_harmed or not each.wire.has_ended)
+        own = [each for each in may_be_open if each.owner is p]
         child.may_hold = [*own, *p.may_hold]
         in_flight = any(slot.thread is not None for slot in p.slots.values())
         child.keeps_former_pools = in_flight or p.keeps_former_pools
