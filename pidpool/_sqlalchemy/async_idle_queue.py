@@ -1,119 +1,99 @@
-"""`AsyncIdleQueue`: the queue of idle connections under asyncio. It keeps the list of waiting tasks itself,
-so that a cancelled task ends on every version of Python.
-"""
+"""`AsyncIdleQueue`: the queue of idle connections under asyncio, where tasks wait in the place of threads."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool
-from sqlalchemy.util import queue as sqlalchemy_queue
 
 from pidpool._sqlalchemy.asyncio_adapter import await_only
+from pidpool._sqlalchemy.idle_queue import IdleQueue, Waiter
 
 _T = TypeVar("_T")
 
 
-class AsyncIdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
-    """A queue with the interface of `sqlalchemy.util.queue.AsyncAdaptedQueue`.
+class AsyncIdleQueue(IdleQueue[_T]):
+    """An `IdleQueue` for the tasks of one event loop.
 
-    For the tasks of one event loop. An item that was put for a waiting task is that task's: a task that asks
-    meanwhile does not get it.
-
-    :param maxsize: how many it takes; 0 for no limit.
-    :param use_lifo: whether the item put last is got first.
+    An item that was put for a waiting task is that task's: a task that asks meanwhile does not get it.
     """
 
-    def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
-        self.maxsize = maxsize
-        self.use_lifo = use_lifo
-        self.queue: deque[_T] = deque()
-        self._pop = self.queue.pop if use_lifo else self.queue.popleft
-        # One for each task that waits, the longest first.
-        self._waiters: deque[asyncio.Future[_T]] = deque()
-        # Items put for a task that has not run since.
-        self._under_way = 0
+    patience = 0.0
 
-    def get(self, block: bool = True, timeout: float | None = None) -> _T:
-        """Get an item, waiting for `timeout` seconds at most.
+    def get(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        since: float | None = None,
+        give_up: Callable[[], bool] | None = None,
+    ) -> _T:
+        """As `IdleQueue.get`, but a task that waits in several calls is the last each time: of hundreds of
+        tasks that all come again, those that came to the front would pass one another."""
+        return super().get(block, timeout, None, give_up)
 
-        :raises sqlalchemy.util.queue.Empty: if there is none, or none in time.
+    def make_waiter(self) -> Waiter:
+        """Return what the running task waits with.
+
+        :raises sqlalchemy.exc.MissingGreenlet: if it can't wait here.
         """
+        waiter: Waiter = await_only(_waiting_task())
+        return waiter
+
+    def abandon(self) -> None:
+        """As `IdleQueue.abandon`; the tasks that wait are the parent's, and do not run in its child."""
+        # To wake one would write to the socket by which its event loop is woken: the parent has that too.
+        self._waiters.clear()
+        super().abandon()
+
+
+class _WaitingTask(Waiter):
+    """A task that waits for an item. While it sleeps its loop has a timer, which keeps the task alive."""
+
+    __slots__ = ("_loop", "_woken", "_has_given_up")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._woken = self._loop.create_future()
+        super().__init__()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it waits no more; so does a task whose loop was closed before it."""
+        return self._has_given_up or self._loop.is_closed()
+
+    @is_closed.setter
+    def is_closed(self, value: bool) -> None:
+        self._has_given_up = value
+
+    def sleep(self, seconds: float) -> None:
+        # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes just after the item.
+        await_only(asyncio.wait([self._woken], timeout=seconds))
+        if self._woken.done():
+            self._woken = self._loop.create_future()
+
+    def wake(self) -> None:
+        # Perhaps in another thread, in which a checkout was collected.
         try:
-            return self._pop()
-        except IndexError:
-            if not block:
-                raise sqlalchemy_queue.Empty from None
-        item: _T = await_only(self._wait(timeout))
-        return item
-
-    async def _wait(self, timeout: float | None) -> _T:
-        waiter: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        self._hand_out()  # what a finalizer has put since the queue was found empty
+            is_in_loop = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            is_in_loop = False  # no loop runs in this thread
+        if is_in_loop:
+            self._wake()
+            return
         try:
-            # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes just after the item.
-            await asyncio.wait([waiter], timeout=timeout)
-        except BaseException:
-            if self._is_served(waiter):
-                self.put(waiter.result())
-            raise
-        if not self._is_served(waiter):
-            raise sqlalchemy_queue.Empty
-        return waiter.result()
+            self._loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:
+            pass  # the loop is closed
 
-    def _is_served(self, waiter: asyncio.Future[_T]) -> bool:
-        """Return whether an item was put for this task, which waits no longer."""
-        if waiter.done():
-            self._under_way -= 1
-            return True
-        if waiter in self._waiters:  # unless a signal handler has raised while an item was handed out
-            self._waiters.remove(waiter)
-        return False
+    def _wake(self) -> None:
+        if not self._woken.done():
+            self._woken.set_result(None)
 
-    def put(self, item: _T, block: bool = True, timeout: float | None = None) -> None:
-        """Put an item; never waits.
 
-        :raises sqlalchemy.util.queue.Full: if there are `maxsize` already.
-        """
-        if self.keep(item) is not None:
-            raise sqlalchemy_queue.Full
-
-    def _hand_out(self) -> None:
-        while self._waiters and self.queue:
-            self._waiters.popleft().set_result(self._pop())
-            self._under_way += 1
-
-    def keep(self, item: _T) -> _T | None:
-        """Put an item; never waits. Return it if there is no room."""
-        if 0 < self.maxsize <= len(self.queue) + self._under_way:
-            return item
-        self.queue.append(item)
-        if self._waiters:
-            self._hand_out()
-        return None
-
-    def get_nowait(self) -> _T:
-        """Get an item that is there."""
-        return self.get(False)
-
-    def put_nowait(self, item: _T) -> None:
-        """Put an item."""
-        self.put(item)
-
-    def qsize(self) -> int:
-        """Return how many items are there."""
-        return len(self.queue) + self._under_way
-
-    def empty(self) -> bool:
-        """Return whether there is none."""
-        return not self.qsize()
-
-    def full(self) -> bool:
-        """Return whether there are `maxsize`."""
-        return 0 < self.maxsize <= self.qsize()
+async def _waiting_task() -> Waiter:
+    return _WaitingTask()
 
 
 class AsyncIdleQueuePool(AsyncAdaptedQueuePool):

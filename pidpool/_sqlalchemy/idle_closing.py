@@ -9,14 +9,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any, cast
 
 from sqlalchemy.util import queue as sqlalchemy_queue
 
 from pidpool._sqlalchemy import idle_thread
 from pidpool._sqlalchemy.entry import PidPoolEntry
-from pidpool._sqlalchemy.idle_queue import IdleQueue
 from pidpool._sqlalchemy.queue_pool import HookedQueuePool
 from pidpool.stats.budget import POLL
 from pidpool.stats.process_counters import IN_STATE_SINCE
@@ -82,25 +80,11 @@ class ClosingQueuePool(HookedQueuePool):
             return bool(entry.slot[IN_STATE_SINCE] <= before)
 
         idle: Any = self._pool
-        if isinstance(idle, IdleQueue):
-            for _ in itertools.count() if most is None else range(most):
-                try:
-                    yield idle.get_oldest(is_due)
-                except sqlalchemy_queue.Empty:
-                    return
-        else:  # an asyncio queue, in its own loop: no other task runs before it is whole again
-            found: list[Any] = []
-            # Not until it is empty: an item that was put for a task that has not run yet is that task's.
-            with suppress(sqlalchemy_queue.Empty):
-                while True:
-                    found.append(idle.get(False))
-            if idle.use_lifo:
-                found.reverse()
-            due = [each for each in found if is_due(each)][:most]
-            for each in found:
-                if each not in due:
-                    idle.keep(each)
-            yield from due
+        for _ in itertools.count() if most is None else range(most):
+            try:
+                yield idle.get_oldest(is_due)
+            except sqlalchemy_queue.Empty:
+                return
 
     def is_to_be_given_back(self) -> bool:
         """Return whether a connection that comes back is to be closed, since another process wants one."""

@@ -39,12 +39,15 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
     :param use_lifo: whether the item put last is got first.
     """
 
+    patience = PATIENCE
+    """Seconds after which what waits is handed the next item that comes back."""
+
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
         self.use_lifo = use_lifo
         self.queue: deque[_T] = deque()  # the name that it has in SQLAlchemy's
         self._pop = self.queue.pop if use_lifo else self.queue.popleft
-        self._waiters: deque[weakref.ref[_Waiter]] = deque()
+        self._waiters: deque[weakref.ref[Waiter]] = deque()
         """In the order in which they are served. Weak: a thread that was interrupted waits no more."""
         self._is_abandoned = False
         self._abandoned: deque[_T] | None = None
@@ -143,6 +146,10 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
 
     # -- waiting
 
+    def make_waiter(self) -> Waiter:
+        """Return what the calling thread waits with."""
+        return _WaitingThread()
+
     def _serve_a_waiter(self) -> None:
         """Have the first waiting thread look again; hand it an item if it has waited for long."""
         waiter = None
@@ -164,7 +171,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
             waiter.wake()
 
     def _wait(self, timeout: float | None, since: float | None, give_up: Callable[[], bool] | None) -> _T:
-        waiter: _Waiter = _Waiter()
+        waiter = self.make_waiter()
         deadline = math.inf if timeout is None else waiter.since + timeout
         if since is not None:
             waiter.since = since
@@ -186,7 +193,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
                 now = time.monotonic()
                 if now >= deadline or self._is_abandoned or (give_up is not None and give_up()):
                     break
-                waiter.is_due = now >= waiter.since + PATIENCE
+                waiter.is_due = now >= waiter.since + self.patience
                 waiter.sleep(min(deadline - now, LOOK_AGAIN if waiter.is_due else PATIENCE))
             waiter.is_closed = True  # before the last look: a thread that hands an item over looks after that
             self._forget(reference)
@@ -200,7 +207,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
             self._put_back(waiter)
         return item
 
-    def _put_back(self, waiter: _Waiter) -> None:
+    def _put_back(self, waiter: Waiter) -> None:
         """Put what is left in a waiter's inbox back: an item that is there has kept its place."""
         if not self._is_abandoned:
             try:
@@ -212,7 +219,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         if self.queue and self._waiters:
             self._serve_a_waiter()
 
-    def _forget(self, reference: weakref.ref[_Waiter]) -> None:
+    def _forget(self, reference: weakref.ref[Waiter]) -> None:
         """Take a waiter off the list, unless another thread has."""
         try:
             self._waiters.remove(reference)
@@ -220,10 +227,10 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
             pass
 
 
-class _Waiter:
-    """A thread that waits for an item."""
+class Waiter:
+    """What waits for an item: a thread, or a task."""
 
-    __slots__ = ("since", "inbox", "is_closed", "is_awake", "is_due", "_lock", "__weakref__")
+    __slots__ = ("since", "inbox", "is_closed", "is_awake", "is_due", "__weakref__")
 
     def __init__(self) -> None:
         self.since = time.monotonic()
@@ -233,16 +240,31 @@ class _Waiter:
         """Whether it waits no more: an item that it is handed now goes back."""
         self.is_awake = False
         self.is_due = False
+
+    def sleep(self, seconds: float) -> None:
+        """Wait until another one wakes this one."""
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        """Have it look again; does nothing if it is about to."""
+        raise NotImplementedError
+
+
+class _WaitingThread(Waiter):
+    """A thread that waits for an item."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        super().__init__()
         # By its name, which gevent and eventlet give to a lock of their own.
         self._lock = threading.Lock()
         self._lock.acquire()
 
     def sleep(self, seconds: float) -> None:
-        """Wait until another thread wakes this one."""
         self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
 
     def wake(self) -> None:
-        """Have the thread look again; does nothing if it is about to."""
         if not self.is_awake:
             self.is_awake = True
             try:

@@ -4,7 +4,6 @@ keep. `PidPool` builds on it and names nothing that is private to SQLAlchemy.
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any, cast
 
@@ -136,8 +135,7 @@ class HookedQueuePool(QueuePool):
         inherited: Any = self._pool
         self._inherited_queue = inherited
         self._pool = self._queue_class(inherited.maxsize, use_lifo=inherited.use_lifo)
-        if isinstance(inherited, IdleQueue):
-            inherited.abandon()
+        inherited.abandon()
         # SQLAlchemy makes it at the first use: it is not there if nothing has connected or listened yet.
         if not was_alone and "dispatch" in self.__dict__:
             renew_first_connect(self.dispatch)
@@ -239,9 +237,7 @@ class HookedQueuePool(QueuePool):
             if self.waits_in_turns:
                 left = min(left, POLL)
             try:
-                if isinstance(idle, IdleQueue):
-                    return cast(ConnectionPoolEntry, idle.get(True, left, wait.since, self._has_room_again))
-                return cast(ConnectionPoolEntry, idle.get(True, None if left == math.inf else left))
+                return cast(ConnectionPoolEntry, idle.get(True, left, wait.since, self._has_room_again))
             except sqlalchemy_queue.Empty:
                 pass
 

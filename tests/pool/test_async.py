@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,13 +15,14 @@ import pytest
 from events import Events
 from forking import How, run_in_child, run_in_child_of_loop
 from parent import bytes_on_the_wire
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.queue import Empty, Full
 
 from pidpool import AsyncPidPool, ConnectionTag, ForeignConnectionError, tag_of
+from pidpool._sqlalchemy import idle_queue
 from pidpool._sqlalchemy.async_idle_queue import AsyncIdleQueue
 from pidpool.forks import stand_in
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -242,17 +245,18 @@ async def _in_greenlet(function: Any, *arguments: Any) -> Any:
 
 def test_an_item_of_the_queue_goes_to_the_task_that_waits_longest() -> None:
     async def wait() -> None:
-        queue: AsyncIdleQueue[int] = AsyncIdleQueue(2)
+        queue: AsyncIdleQueue[int] = AsyncIdleQueue(1)
         first, second = (asyncio.create_task(_in_greenlet(queue.get, True, 5)) for _ in range(2))
         await asyncio.sleep(0)
-        queue.put(1)
-        with pytest.raises(Empty):  # it is the first task's already
-            queue.get(False)
-        queue.put(2)
+        for item in (1, 2):
+            assert queue.keep(item) is None  # a task has the room for it
+            with pytest.raises(Empty):  # it is that task's already
+                queue.get(False)
+        queue.put(3)
         with pytest.raises(Full):
-            queue.put(3)
-        assert (queue.qsize(), queue.full(), queue.empty()) == (2, True, False)
-        assert [await first, await second] == [1, 2]
+            queue.put(4)
+        assert (queue.qsize(), queue.full(), queue.empty()) == (1, True, False)
+        assert [await first, await second, queue.get(False)] == [1, 2, 3]
         assert (queue.qsize(), queue.full(), queue.empty()) == (0, False, True)
 
     asyncio.run(wait())
@@ -289,13 +293,13 @@ def test_an_item_for_a_task_that_gave_up_is_not_lost(use_lifo: bool) -> None:
     asyncio.run(give_up())
 
 
-def test_a_task_whose_item_was_lost_in_an_interrupt_waits_no_longer_than_its_time() -> None:
+def test_a_task_gets_the_item_whose_handing_over_was_interrupted() -> None:
     class SoftTimeLimit(Exception):
         pass
 
     async def wait() -> None:
         queue: AsyncIdleQueue[int] = AsyncIdleQueue(2)
-        task = asyncio.create_task(_in_greenlet(queue.get, True, 0.05))
+        task = asyncio.create_task(_in_greenlet(queue.get, True, 30))
         await asyncio.sleep(0)
 
         def pop() -> int:
@@ -305,9 +309,106 @@ def test_a_task_whose_item_was_lost_in_an_interrupt_waits_no_longer_than_its_tim
             interrupted.setattr(queue, "_pop", pop)
             with pytest.raises(SoftTimeLimit):
                 queue.put(1)
-        with pytest.raises(Empty):
-            await task
-        assert queue.get(False) == 1
+        assert await task == 1
+
+    asyncio.run(wait())
+
+
+def test_a_task_is_woken_at_once_by_another_thread() -> None:
+    """The garbage collector may return a connection in any thread."""
+
+    async def wait() -> None:
+        queue: AsyncIdleQueue[int] = AsyncIdleQueue(1)
+        with pytest.MonkeyPatch.context() as patient:
+            patient.setattr(idle_queue, "LOOK_AGAIN", 30)
+            task = asyncio.create_task(_in_greenlet(queue.get, True, 60))
+            await asyncio.sleep(0)
+            thread = threading.Thread(target=queue.put, args=(1,))
+            thread.start()
+            assert await asyncio.wait_for(task, 20) == 1
+        thread.join()
+
+    asyncio.run(wait(), debug=True)  # raises if a thread does to a loop what only the loop's own may
+
+
+def test_a_task_whose_loop_was_closed_takes_no_item_with_it() -> None:
+    queue: AsyncIdleQueue[int] = AsyncIdleQueue(1)
+
+    async def begin() -> asyncio.Task[int]:
+        task = asyncio.create_task(_in_greenlet(queue.get, True, 60))
+        await asyncio.sleep(0)
+        return task
+
+    async def go_on() -> None:
+        waiting = await begin()
+        queue.put(1)
+        assert await waiting == 1
+        queue.put(2)
+        assert queue.get(False) == 2
+
+    loop = asyncio.new_event_loop()
+    lost = loop.run_until_complete(begin())
+    loop.close()
+    asyncio.run(go_on())
+    lost._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("end", ["failed connect", "interrupted return"])
+def test_a_task_does_not_wait_on_when_a_place_has_become_free(end: str) -> None:
+    """Without a bound for the wait, and no connection comes back."""
+
+    class Connection:
+        def rollback(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    async def use() -> None:
+        may_go_on, attempts = asyncio.Event(), itertools.count()
+
+        def connect() -> Connection:
+            if end == "failed connect" and next(attempts) == 0:
+                await_only(may_go_on.wait())
+                raise ConnectionRefusedError
+            return Connection()
+
+        def fail(*_: Any) -> None:
+            raise ConnectionResetError
+
+        pool = AsyncPidPool(connect, pool_size=1, max_overflow=0, timeout=None)
+        first = asyncio.create_task(_in_greenlet(pool.connect))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(_in_greenlet(pool.connect))
+        await asyncio.sleep(0)
+        assert pool.stats().waiting == 1
+        may_go_on.set()
+        if end == "failed connect":
+            with pytest.raises(ConnectionRefusedError):
+                await first
+        else:
+            event.listen(pool, "checkin", fail)
+            with pytest.raises(ConnectionResetError):
+                (await first).close()
+            event.remove(pool, "checkin", fail)
+        (await asyncio.wait_for(second, 20)).close()
+        assert (pool.checkedin(), pool.checkedout(), pool.stats().waiting) == (1, 0, 0)
+
+    asyncio.run(use())
+
+
+def test_a_child_does_not_wake_the_loop_of_its_parent() -> None:
+    """It has the socket by which a loop is woken too."""
+
+    async def wait() -> None:
+        pool = AsyncPidPool(lambda: None, pool_size=1, max_overflow=0)
+        queue: Any = pool._pool
+        task = asyncio.create_task(_in_greenlet(queue.get, True, 60))
+        await asyncio.sleep(0)
+        run_in_child(pool.stats)
+        loop: Any = asyncio.get_running_loop()
+        with pytest.raises(BlockingIOError):
+            loop._ssock.recv(1)
+        queue.put(1)
+        assert await task == 1
 
     asyncio.run(wait())
 

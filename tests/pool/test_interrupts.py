@@ -140,6 +140,15 @@ def test_an_interrupt_at_any_bytecode_leaves_the_capacity_whole(
     assert not found["harmful"]
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("operation", ["task, times out", "task, handed over"])
+def test_an_interrupt_of_a_task_that_waits_leaves_the_capacity_whole(operation: str) -> None:
+    form = ("--every",) if SOAK else ("--step", "7")
+    found = harm("AsyncPidPool", "--only", operation, *form)[operation]
+    assert found["bytecodes"] > 100
+    assert not found["harmful"]
+
+
 def test_an_interrupt_harms_a_queue_pool() -> None:
     """Otherwise the test above could not fail."""
     found = harm("QueuePool", "--only", "checkin", "--most", "2", "--step", "7")

@@ -2,6 +2,7 @@
 
     python tests/programs/interrupts.py             # a table: QueuePool beside PidPool
     python tests/programs/interrupts.py PidPool     # the harm as JSON, and a line for each harmful bytecode
+    python tests/programs/interrupts.py AsyncPidPool  # the same of the waits of asyncio's tasks
 
 An interrupt is an exception that a signal handler raises: a soft time limit, KeyboardInterrupt, a killed
 greenlet. Here a tracer raises it. It does harm if the pool afterwards has more or less than its capacity,
@@ -11,6 +12,7 @@ hands one connection to two, blocks a thread for longer than its timeout, or cou
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import itertools
 import json
@@ -26,8 +28,9 @@ from types import CodeType, FrameType
 from typing import Any, ClassVar
 
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.util import greenlet_spawn
 
-from pidpool import PidPool
+from pidpool import AsyncPidPool, PidPool
 
 SIZE, OVERFLOW = 2, 1
 CAPACITY = SIZE + OVERFLOW
@@ -37,7 +40,7 @@ TIMEOUT = 0.06
 SHORT_TIMEOUT = 0.002
 """That of the pool whose checkout times out, at every bytecode of its wait."""
 
-PATIENCE = {QueuePool: 0.5, PidPool: 20.0}
+PATIENCE = {QueuePool: 0.5, PidPool: 20.0, AsyncPidPool: 20.0}
 """Seconds after which a thread hangs. QueuePool leaves many hanging: to be sure of each would take long."""
 
 
@@ -124,8 +127,15 @@ _TRACED_MODULES = {module.__file__ for module in (threading, weakref, contextlib
 """The parts of the standard library that pools are made of. Not logging, which has locks of its own."""
 
 
+_BRIDGE = os.path.join("sqlalchemy", "util", "concurrency.py")
+"""SQLAlchemy's way from a task to its greenlet. An exception there leaves the pool's call suspended, for as
+long as the exception is kept."""
+
+
 def _is_traced(code: CodeType) -> bool:
     name = code.co_filename
+    if name.endswith(_BRIDGE):
+        return False
     return any(part in name for part in _TRACED) or name in _TRACED_MODULES
 
 
@@ -217,6 +227,33 @@ OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
 }
 
 
+def check_out_in_a_task(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=3)
+    yield
+    asyncio.run(greenlet_spawn(lambda: trial.held.append(trial.pool.connect())))
+
+
+def hand_over_to_a_task(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=3)
+    yield
+
+    async def hand_over() -> None:
+        task = asyncio.create_task(greenlet_spawn(lambda: trial.held.append(trial.pool.connect())))
+        await asyncio.sleep(0)  # it waits now
+        try:
+            trial.held[0].close()
+        finally:
+            await task
+
+    asyncio.run(hand_over())
+
+
+TASK_OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
+    "task, times out": check_out_in_a_task,
+    "task, handed over": hand_over_to_a_task,
+}
+
+
 # -- what must be so afterwards
 
 
@@ -292,7 +329,7 @@ def interrupt(
     """
     Connection.alive = weakref.WeakSet()
     trial = Trial(make)
-    steps = OPERATIONS[operation](trial)
+    steps = {**OPERATIONS, **TASK_OPERATIONS}[operation](trial)
     next(steps)
     if operation.endswith("times out"):
         trial.pool._timeout = SHORT_TIMEOUT
@@ -372,13 +409,14 @@ POOLS: dict[str, Callable[..., Any]] = {
     "QueuePool": QueuePool,
     "PidPool": PidPool,
     "family_limit": family_limited,
+    "AsyncPidPool": AsyncPidPool,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pool", nargs="?", choices=POOLS)
-    parser.add_argument("--only", choices=OPERATIONS, nargs="*", help="operations")
+    parser.add_argument("--only", choices=[*OPERATIONS, *TASK_OPERATIONS], nargs="*", help="operations")
     parser.add_argument("--every", action="store_true", help="each error, kept and dropped, at each bytecode")
     parser.add_argument("--step", type=int, default=1, help="1 for each bytecode, 2 for each second one")
     parser.add_argument("--most", type=int, help="so many harmful bytecodes of an operation are enough")
@@ -386,7 +424,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     pools = [arguments.pool] if arguments.pool else ["QueuePool", "PidPool"]
-    operations = arguments.only or list(OPERATIONS)
+    operations = arguments.only or list(TASK_OPERATIONS if pools == ["AsyncPidPool"] else OPERATIONS)
     table: dict[str, dict[str, Any]] = {name: {} for name in pools}
     if not arguments.pool:
         print(f"{'interrupted at each bytecode of':32}" + "".join(f"{name:>20}" for name in pools))
