@@ -38,7 +38,7 @@ class HookedQueuePool(QueuePool):
     _sqla_logger_namespace = "sqlalchemy.pool.impl.PidPool"
 
     # Not in the instance's dict, which SQLAlchemy's own tests compare with that of a recreated pool.
-    __slots__ = ("members",)
+    __slots__ = ("members", "has_left_some_out")
 
     _queue_class: Any = IdleQueue
 
@@ -54,9 +54,12 @@ class HookedQueuePool(QueuePool):
 
     members: EntryList
     """The pool's entries, idle or not: all that the pool has of its capacity."""
+    has_left_some_out: bool
+    """Whether entries were checked out when it was disposed of, which are none of its `members` any more."""
 
     def __init__(self, creator: Any, **options: Any) -> None:
         self.members = EntryList()
+        self.has_left_some_out = False
         super().__init__(creator, **options)
         self._inherited_queue: Any = None
 
@@ -83,12 +86,12 @@ class HookedQueuePool(QueuePool):
         return self._dialect
 
     def connections_in_queue(self) -> int | None:
-        """Return how many entries are idle; None if some are checked out. Looks at no entry.
+        """Return how many entries are idle; None if some may be checked out. Looks at no entry.
 
         Called before each fork, so it calls nothing that costs pages.
         """
         queued = len(self._pool.queue)  # type: ignore[attr-defined]
-        return queued if queued == len(self.members.references) else None
+        return queued if queued == len(self.members.references) and not self.has_left_some_out else None
 
     def constructor_options(self) -> dict[str, Any]:
         """Return the options of QueuePool with which this pool was made, for `recreate`."""
@@ -121,6 +124,7 @@ class HookedQueuePool(QueuePool):
                 entry.close()
             finally:
                 entry.leave()
+        self.has_left_some_out = len(self.members) > 0
         self.members = EntryList()
         return closed
 
@@ -131,6 +135,7 @@ class HookedQueuePool(QueuePool):
             and go on.
         """
         self.members = EntryList()
+        self.has_left_some_out = False
         # Kept as long as the pool, since to destroy what it holds costs more.
         inherited: Any = self._pool
         self._inherited_queue = inherited

@@ -368,6 +368,20 @@ def test_an_idle_entry_without_a_connection_is_no_other_pools_connection(
     assert (forked["pool"], forked["idle"], forked["checked_out"]) == ("with", 0, 1)
 
 
+def test_an_idle_entry_without_a_connection_is_no_disposed_pools_connection(
+    tls_url: str, make_engine: MakeEngine, events: Events
+) -> None:
+    engine = make_engine(tls_url, logger=events.logger)
+    with engine.connect():
+        engine.dispose()
+        with engine.connect() as connection:
+            connection.invalidate()
+        run_in_child(int)
+        engine.connect().close()
+    forked = events.the("pool.forked")
+    assert (forked["idle"], forked["checked_out"]) == (0, 1)
+
+
 @pytest.mark.usefixtures("table", "clean_log")
 @pytest.mark.parametrize("how", ["python", "c"])
 def test_an_inherited_connection_is_logged_before_it_is_refused(
