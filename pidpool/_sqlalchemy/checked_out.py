@@ -303,10 +303,10 @@ def _finalize_async(entry: PidPoolEntry, pool: Any, echo: Any) -> None:
     entry.close_reason = "collected"
     try:
         _finalize(entry, pool, echo)
-        if owned is not None and not pool._dialect.has_terminate:
-            entry.own_none()
-            pool.pool_events.connection_closed(owned.tag, "collected")
     finally:
+        if owned is not None and entry.owned_now is not owned:
+            entry.close_reason = "collected"
+            pool.note_closed(owned)  # also if it was dropped, or a listener raised before it was terminated
         entry.close_reason = "recycled"
 
 

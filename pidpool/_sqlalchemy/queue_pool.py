@@ -197,14 +197,18 @@ class HookedQueuePool(QueuePool):
             # Afterwards: if a signal handler forks meanwhile, the child finds the connection, and severs it.
             owned.let_go()
             owned.give_back_permit()
-            self._note_closed(owned)  # also if a task was cancelled here: it is closed, or dropped
+            self.note_closed(owned)  # also if a task was cancelled here: it is closed, or dropped
 
-    def _note_closed(self, owned: OwnedConnection) -> None:
+    def note_closed(self, owned: OwnedConnection) -> None:
+        """Count and log once that a connection was closed, or dropped."""
+        if owned.is_counted_closed:
+            return
+        owned.is_counted_closed = True
         entry = cast("PidPoolEntry | None", owned.entry())
         reason: CloseReason = "detached"
         if owned.detached is None:
             reason = "failed" if entry is None else entry.close_reason
-            if entry is not None:
+            if entry is not None and entry.owned is owned:
                 entry.own_none()
         self.pool_events.connection_closed(owned.tag, reason)
 

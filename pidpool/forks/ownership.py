@@ -71,6 +71,7 @@ class OwnedConnection:
         "used_by",
         "permit",
         "is_severed",
+        "is_counted_closed",
         "_connection",
         "_driver_connection",
         "_entry",
@@ -92,6 +93,7 @@ class OwnedConnection:
         self.permit: Permit | None = None
         """The connection's permit, if its family has a limit; given back once it is closed."""
         self.is_severed = False
+        self.is_counted_closed = False
         self.fd = tag.fd
         self.identity = identity
         self._key = id(connection)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from pidpool import PidPool
+from pidpool import AsyncPidPool, PidPool
+from pidpool.tools.demo.postgres import EmbeddedPostgres
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -110,3 +114,35 @@ def test_a_connection_is_closed_if_its_return_fails(by: str, end: Callable[[list
     assert (pool.checkedin(), pool.checkedout()) == (0, 0)
     counts = pool.stats().counters
     assert (counts.opened, counts.closed["invalidated"]) == (1, 1)
+
+
+@pytest.mark.parametrize("driver", ["postgresql+asyncpg", "postgresql+psycopg"])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("reset", "invalidated"), ("detach", "collected"), ("close_detached", "collected")]
+)
+@pytest.mark.filterwarnings("ignore:The garbage collector is trying to clean up:sqlalchemy.exc.SAWarning")
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")  # psycopg's own
+@pytest.mark.filterwarnings("ignore:.*unclosed:ResourceWarning")  # asyncpg's
+def test_a_collected_async_checkout_is_counted_closed_once(
+    postgres: EmbeddedPostgres, driver: str, name: str, reason: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    async def collect() -> None:
+        engine = create_async_engine(postgres.url(driver=driver), poolclass=AsyncPidPool)
+        pool: Any = engine.pool
+        connection: AsyncConnection | None = await engine.connect()
+        assert connection is not None
+        event.listen(engine.sync_engine, name, fail)
+        del connection
+        gc.collect()
+        event.remove(engine.sync_engine, name, fail)
+        stats = pool.stats()
+        assert (stats.idle, stats.used, stats.connections) == (0, 0, ())
+        assert {each: count for each, count in stats.counters.closed.items() if count} == {reason: 1}
+        async with engine.connect() as connection:
+            await connection.execute(text("select 1"))
+        await engine.dispose()
+
+    asyncio.run(collect())
