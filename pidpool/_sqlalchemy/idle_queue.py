@@ -166,6 +166,7 @@ class IdleQueue(sqlalchemy_queue.QueueCommon[_T], Generic[_T]):
         except IndexError:
             return  # another thread was first
         if waiter.is_closed:
+            self._forget(reference)  # before it does so itself: otherwise it is the next to be served
             self._put_back(waiter)  # it has given up, and may have seen the item or not
         else:
             waiter.wake()

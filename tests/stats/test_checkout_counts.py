@@ -12,6 +12,7 @@ import pytest
 from forking import How, fork, has_ended, run_in_child
 from sqlalchemy import event, exc
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+from sqlalchemy.util.queue import Empty
 from waiting import until
 
 from pidpool import PidPool
@@ -124,6 +125,22 @@ def test_an_item_handed_to_a_thread_that_is_interrupted_goes_to_the_next() -> No
         signal.signal(signal.SIGALRM, before)
     assert queue.get(False) == "item"
     assert not queue._waiters
+
+
+def test_an_item_comes_back_while_a_thread_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits no more, and is on the list still."""
+    queue: IdleQueue[str] = IdleQueue(1)
+    forget = queue._forget
+
+    def come_back(reference: Any) -> None:
+        monkeypatch.undo()
+        queue.put("item")
+        forget(reference)
+
+    monkeypatch.setattr(queue, "_forget", come_back)
+    with pytest.raises(Empty):
+        queue.get(True, 0)
+    assert queue.get(False) == "item"
 
 
 @both_hows
