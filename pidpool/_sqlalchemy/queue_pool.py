@@ -190,14 +190,15 @@ class HookedQueuePool(QueuePool):
             super()._close_connection(connection, terminate=terminate)
         except BaseException:
             # Perhaps before the driver has closed it. Nothing refers to it any more but, maybe, a traceback.
-            if not self._dialect.is_async:
+            if not self._dialect.is_async and owned.is_of_this_process():
                 super()._close_connection(connection, terminate=True)
             raise
         finally:
             # Afterwards: if a signal handler forks meanwhile, the child finds the connection, and severs it.
-            owned.let_go()
-            owned.give_back_permit()
-            self.note_closed(owned)  # also if a task was cancelled here: it is closed, or dropped
+            if owned.is_of_this_process():
+                owned.let_go()
+                owned.give_back_permit()
+                self.note_closed(owned)  # also if a task was cancelled here: it is closed, or dropped
 
     def note_closed(self, owned: OwnedConnection) -> None:
         """Count and log once that a connection was closed, or dropped."""

@@ -124,7 +124,10 @@ class PoolEvents:
 
     def connection_opened(self, tag: ConnectionTag, create_time: float) -> None:
         """A connection was opened; `create_time` in seconds, connect events included."""
-        self.counters.add_opened(int(create_time * 1e9))
+        counters = self.counters
+        if not counters.are_of(tag.owner_pid):
+            return  # a signal handler has forked meanwhile, and this is the child
+        counters.add_opened(int(create_time * 1e9))
         self._emit("info", "connection.opened", tag, create_time=round(create_time, 6))
         over = self.family.exceeds_server(self.pool)
         if over is not None:
@@ -154,7 +157,10 @@ class PoolEvents:
 
     def connection_closed(self, tag: ConnectionTag, reason: CloseReason) -> None:
         """This process closed a connection that it owns."""
-        self.counters.add_closed(reason)
+        counters = self.counters
+        if not counters.are_of(tag.owner_pid):
+            return  # a signal handler has forked meanwhile, and this is the child
+        counters.add_closed(reason)
         self._emit("info", "connection.closed", tag, reason=reason)
 
     def connection_given_back(self, tag: ConnectionTag, idle: float) -> None:

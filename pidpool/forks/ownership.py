@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pidpool.drivers import Sockets, driver_of, under_adapter
-from pidpool.forks import severing
+from pidpool.forks import detection, severing
 from pidpool.forks.detection import FORKED, fork_state, process_pid
 from pidpool.tag import ConnectionTag
 
@@ -142,6 +142,12 @@ class OwnedConnection:
             except OSError:
                 pass  # no descriptor is left, say: it stays as it is, and is never used
         return self.is_severed
+
+    def is_of_this_process(self) -> bool:
+        """Return whether this process opened it; asks first whether this is a forked child."""
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        return self.tag.owner_pid == process_pid()
 
     def detach(self, checkout: Any) -> None:
         """Note that the checkout has taken the connection out of the pool."""

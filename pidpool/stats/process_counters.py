@@ -185,6 +185,10 @@ class ProcessCounters:
         self._sharing: dict[int, _EntryReference] = {}
         """The entries that share slot 0, by `id()`."""
 
+    def are_of(self, pid: int) -> bool:
+        """Return whether they are the counters of that process, which may be this one's parent."""
+        return self._pid == pid
+
     def end(self) -> None:
         """Note that this process has the pool no more, though it may run on."""
         if self._is_of_this_process():

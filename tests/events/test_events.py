@@ -142,7 +142,7 @@ def test_a_fork_with_connects_in_flight_is_a_warning() -> None:
 def _tag() -> Any:
     from pidpool import ConnectionTag
 
-    return ConnectionTag("1-1", 1, 2, 3, 4, 5.0)
+    return ConnectionTag("1-1", os.getpid(), 2, 3, 4, 5.0)
 
 
 def _recycle(engine: Engine, connection: Connection) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from engines import MakeEngine
+from engines import MakeEngine, pool_of
 from forking import How, fork
 from parent import server_pid
 from soak import SOAK
@@ -168,6 +168,7 @@ def check_child(pool: PidPool, held: Held) -> None:
     assert (pool.checkedout(), pool.checkedin()) == (0, SIZE)
     stats = pool.stats()
     assert (stats.used, stats.idle, stats.waiting, stats.overflow) == (0, SIZE, 0, 0)
+    assert stats.counters.opened - sum(stats.counters.closed.values()) == SIZE
 
 
 def state(pool: PidPool) -> dict[str, Any]:
@@ -283,3 +284,36 @@ def test_a_child_that_goes_on_has_sessions_of_its_own(
             assert pids and len({*pids, *own_pids}) == 4, forker.where
             kept.execute(text("insert into written values (1)"))
         assert kept.scalar(text("select count(*) from written")) and server_pid(kept) == own
+
+
+@both_hows
+@pytest.mark.usefixtures("clean_log")
+def test_a_child_does_not_close_what_its_parent_was_about_to_close(
+    tls_url: str, make_engine: MakeEngine, how: How
+) -> None:
+    """The handler forks, and raises in the child."""
+    engine = make_engine(tls_url)
+    dialect: Any = engine.dialect
+    close = dialect.do_close
+
+    def fork_and_close(connection: Any) -> None:
+        del dialect.do_close
+        if fork(how) == 0:
+            raise KeyboardInterrupt
+        os.wait()
+        connection.cursor().execute("select 1")
+        is_alive.append(True)  # SQLAlchemy logs an error, and goes on
+        close(connection)
+
+    is_alive: list[bool] = []
+    checkout = engine.raw_connection()
+    parent = os.getpid()
+    dialect.do_close = fork_and_close
+    try:
+        checkout.invalidate()
+    finally:
+        if os.getpid() != parent:
+            os._exit(0)
+    assert is_alive
+    counts = pool_of(engine).stats().counters
+    assert (counts.opened, counts.closed["invalidated"]) == (1, 1)
