@@ -85,10 +85,13 @@ class RobustLock:
             work()
             return True
         finally:
-            # If an interrupt keeps these lines from running, the thread's next call finds that it has the
-            # lock, and goes on. Not to have it is no error.
-            self._users.pop(user, None)
-            self.release()
+            # Twice, for an interrupt of the first: the family's other threads would wait until this one's
+            # next call, which finds that it has the lock, and goes on. Not to have it is no error.
+            try:
+                self.release()
+            finally:
+                self.release()
+                self._users.pop(user, None)
 
     def acquire(self, seconds: float) -> bool:
         """Take the lock; False if it could not be had within `seconds`."""

@@ -370,3 +370,22 @@ def test_a_wish_of_a_killed_process_ends(monkeypatch: pytest.MonkeyPatch) -> Non
     assert budget.is_wanted()
     now += 100_000_000
     assert not budget.is_wanted() and not budget.wanted[0] and len(kept) == 2
+
+
+def test_a_lock_whose_release_is_interrupted_is_free_for_other_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lock = robust_lock.RobustLock(memoryview(bytearray(robust_lock.SIZE)))
+
+    def interrupt() -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lock, "release", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lock.run(10, int)
+    had = []
+    other = threading.Thread(target=lambda: had.append(lock.run(10, int)))
+    other.start()
+    other.join()
+    assert had == [True]
