@@ -319,7 +319,7 @@ def test_the_fields_of_every_event_method_are_the_listed_ones() -> None:
 
 def a_value(annotation: str) -> Any:
     if annotation.startswith("ConnectionTag"):
-        return ConnectionTag("1-1", 1, 2, 3, 4, AT)
+        return ConnectionTag("1-1", os.getpid(), 2, 3, 4, AT)
     if annotation.startswith("BaseException"):
         return ValueError()
     if annotation == "FamilyStats":

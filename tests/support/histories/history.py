@@ -949,7 +949,8 @@ class History:
             tx = slot.tx or slot.name == inside_slot
             inherited = Slot(slot.name, inherited=state, is_detached=slot.is_detached, tx=tx)
             inherited.generation = slot.generation
-            inherited.savepoints = [0] * len(slot.savepoints)
+            if slot.thread is None or p.threads[slot.thread].busy_with != ("commit", slot.name):
+                inherited.savepoints = [0] * len(slot.savepoints)  # a commit has left them
             inherited.next_row = None if slot.next_row is None else 0
             inherited.is_suspect = slot.is_suspect and state is None
             inherited.is_in_a_frame = slot.is_in_a_frame or slot.thread is not None
