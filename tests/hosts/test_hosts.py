@@ -88,7 +88,11 @@ HOSTS = [
     Host("uWSGI, master, threads", uwsgi_master("--enable-threads", "--threads=3")),
     # PyOS_BeforeFork before fork(2), PyOS_AfterFork_Parent and PyOS_AfterFork_Child after it.
     Host("uWSGI, master, at-fork hooks", uwsgi_master("--enable-threads", "--py-call-uwsgi-fork-hooks")),
-    Host("uWSGI, master, max-requests", uwsgi_master("--max-requests=4", "--min-worker-lifetime=0")),
+    Host(
+        "uWSGI, master, max-requests",
+        uwsgi_master("--max-requests=4", "--min-worker-lifetime=0"),
+        starts_anew=True,
+    ),
     Host("uWSGI, lazy-apps", uwsgi("--master", GRACEFULLY, "--lazy-apps"), inherits=False),
     Host("uWSGI, gevent", uwsgi_master("--gevent=10", "--gevent-monkey-patch"), says_goodbye=False),
     Host(

@@ -3,6 +3,7 @@ returned or the traceback of what it raised."""
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import ctypes
@@ -49,21 +50,62 @@ def fork(how: How) -> int:
     if how == "python":
         return os.fork()
     if how == "c":
-        _let_threads_sleep()
+        return _fork_in_c()
     pid: int = _libc_with_gil.fork()
-    if pid == 0 and how == "c with child hooks":
+    if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
     return pid
 
 
-def _let_threads_sleep() -> None:
-    """Wait until all other threads of this process sleep.
+def _fork_in_c() -> int:
+    """Fork in C, again if the child can't give the GIL up.
 
-    Before a fork in C: if one of them is being woken to take the GIL just then, the child waits for it for
-    ever, when it next gives the GIL up, in the C library's condition variable
+    If another thread is being woken to take the GIL just then, the child waits for it for ever, when two
+    threads of its own have handed the GIL to each other, in the C library's condition variable
     (``__condvar_quiesce_and_switch_g1`` under ``drop_gil``). It does so without any pool. Where CPython's own
     hook runs in the child, it makes the GIL anew.
     """
+    with contextlib.suppress(OSError):  # a test may have taken away /proc, or the last descriptor
+        while len(os.listdir("/proc/self/task")) > 1:
+            _let_threads_sleep()
+            reader, writer = os.pipe()
+            pid: int = _libc_with_gil.fork()
+            if pid == 0:
+                os.close(reader)
+                _hand_the_gil_over()
+                os.write(writer, b".")
+                os.close(writer)
+                return 0
+            os.close(writer)
+            is_well = select.select([reader], [], [], 5)[0]
+            os.close(reader)
+            if is_well:
+                return pid
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    alone: int = _libc_with_gil.fork()
+    return alone
+
+
+def _hand_the_gil_over() -> None:
+    def yield_it() -> None:
+        for _ in range(20):
+            time.sleep(0)
+
+    def run() -> None:
+        yield_it()
+        done.release()
+
+    for _ in range(10):
+        done = _thread.allocate_lock()  # not threading's, which has locks of its own
+        done.acquire()
+        _thread.start_new_thread(run, ())
+        yield_it()
+        done.acquire()
+
+
+def _let_threads_sleep() -> None:
+    """Wait until all other threads of this process sleep: most forks in C need no second try then."""
     me = threading.get_native_id()
 
     def states() -> set[str]:
@@ -76,9 +118,7 @@ def _let_threads_sleep() -> None:
                         found.add(file.read().rpartition(") ")[2][0])
         return found
 
-    with contextlib.suppress(OSError):  # a test may have taken away /proc, or the last descriptor
-        if len(os.listdir("/proc/self/task")) > 1:
-            until(lambda: states() | states() <= {"S"}, "another thread runs", patience=10, interval=0)
+    until(lambda: states() | states() <= {"S"}, "another thread runs", patience=10, interval=0)
 
 
 def run_in_child(function: Callable[..., Any], *args: Any, how: How = "python", life: float = LIFE) -> Any:

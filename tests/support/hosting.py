@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from sessions import kill_session
 from sqlalchemy import Engine, create_engine, text
 from waiting import until
@@ -73,6 +74,9 @@ class Host:
     """Whether it needs a package of the system's: Redis."""
     ends_by: signal.Signals | None = None
     """A signal to all processes, workers included, that ends them; None for SIGTERM to the first one."""
+    starts_anew: bool = False
+    """Whether it starts workers in the place of others while it is ended. uWSGI's master sends each worker a
+    signal then, which one that is just being started loses: it goes on waiting for requests for ever."""
     says_goodbye: bool = True
     """Whether its workers run Python's exit handlers. If not, they break off their connections, and the log
     is read before."""
@@ -89,6 +93,13 @@ def members(group: int) -> list[int]:
                 if int(its_group) == group and state != "Z":
                     found.append(int(entry.name))
     return found
+
+
+def age_of_youngest(group: int) -> float:
+    """Return for how many seconds the newest process of a group has been there; 0 if one is just ending."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return time.time() - max(psutil.Process(each).create_time() for each in members(group))
+    return 0
 
 
 class Run:
@@ -145,6 +156,8 @@ class Run:
             self.held_sessions_heard_nothing()
             if not self.host.says_goodbye:
                 self.complaints = self.read_complaints()
+            if self.host.starts_anew:
+                until(lambda: age_of_youngest(process.pid) > 3, "it goes on starting workers", 60)
             if self.host.ends_by is None:
                 process.terminate()
             else:  # a uWSGI without a master hands nothing on

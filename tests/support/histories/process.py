@@ -86,6 +86,7 @@ class HistoryProcess:
         self.before: list[str] = []
         self.detached = 0
         self.is_unwinding = False
+        self.is_ending = False
         if collect == "often":
             gc.set_threshold(GC_OFTEN, 5, 5)
             gc.enable()
@@ -115,6 +116,8 @@ class HistoryProcess:
             with self._patient(command.pop("patience", None)):
                 value = getattr(self, f"do_{name}")(**command)
         except Exception as error:
+            if self.is_ending:
+                raise Ended from error  # a driver's call on the way has made an error of its own of it
             if self.is_unwinding:
                 if name == "unwind":
                     raise
@@ -378,6 +381,7 @@ class HistoryProcess:
         if way == "exit":
             raise SystemExit(0)
         if way == "exception":
+            self.is_ending = True
             raise Ended("a process of a history ends by an exception")
         os._exit(0)
 
