@@ -22,16 +22,10 @@ class AsyncIdleQueue(IdleQueue[_T]):
 
     patience = 0.0
 
-    def get(
-        self,
-        block: bool = True,
-        timeout: float | None = None,
-        since: float | None = None,
-        give_up: Callable[[], bool] | None = None,
-    ) -> _T:
-        """As `IdleQueue.get`, but a task that waits in several calls is the last each time: of hundreds of
-        tasks that all come again, those that came to the front would pass one another."""
-        return super().get(block, timeout, None, give_up)
+    def _wait(self, timeout: float | None, since: float | None, give_up: Callable[[], bool] | None) -> _T:
+        # A task that waits in several calls is the last each time: of hundreds that all come again, those
+        # that came to the front would pass one another.
+        return super()._wait(timeout, None, give_up)
 
     def make_waiter(self) -> Waiter:
         """Return what the running task waits with.
