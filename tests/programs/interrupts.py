@@ -127,14 +127,14 @@ _TRACED_MODULES = {module.__file__ for module in (threading, weakref, contextlib
 """The parts of the standard library that pools are made of. Not logging, which has locks of its own."""
 
 
-_BRIDGE = os.path.join("sqlalchemy", "util", "concurrency.py")
+_BRIDGE = greenlet_spawn.__code__.co_filename
 """SQLAlchemy's way from a task to its greenlet. An exception there leaves the pool's call suspended, for as
 long as the exception is kept."""
 
 
 def _is_traced(code: CodeType) -> bool:
     name = code.co_filename
-    if name.endswith(_BRIDGE):
+    if name == _BRIDGE:
         return False
     return any(part in name for part in _TRACED) or name in _TRACED_MODULES
 
