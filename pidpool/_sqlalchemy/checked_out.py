@@ -173,6 +173,10 @@ class CheckedOutConnection(_ConnectionFairy):
             raise
 
     def detach(self) -> None:
+        connection = self.dbapi_connection
+        if isinstance(connection, DisownedConnection) and connection.pidpool_inheritance.may_be_replaced():
+            # If that fails, the checkout is as it was, as after any other use, and can be used again.
+            connection.pidpool_inheritance.replacement()
         try:
             self._detach()
         except BaseException as error:
@@ -180,16 +184,13 @@ class CheckedOutConnection(_ConnectionFairy):
             raise
 
     def _detach(self) -> None:
-        connection = self.dbapi_connection
-        if isinstance(connection, DisownedConnection):
-            if not connection.pidpool_inheritance.may_be_replaced():
-                # It already is outside of this process's pool; its use goes on raising.
-                if self.entry is not None:
-                    self._detached_from = self.entry.owned_now
-                    self.entry.checkin()
-                    self.entry = None
-                return
-            connection.pidpool_inheritance.replacement()
+        if self.is_disowned():
+            # It already is outside of this process's pool; its use goes on raising.
+            if self.entry is not None:
+                self._detached_from = self.entry.owned_now
+                self.entry.checkin()
+                self.entry = None
+            return
         entry, pool = cast("PidPoolEntry | None", self.entry), self._pool
         if entry is None:
             return

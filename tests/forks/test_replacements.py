@@ -142,3 +142,27 @@ def test_a_replacement_waits_its_turn_and_may_fail(tls_url: str, make_engine: Ma
     run_in_child(child, how=how)
     assert server_pid(parent.connection) == parent.server_pid
     parent.connection.close()
+
+
+@both_hows
+def test_a_detach_that_finds_no_place_can_be_tried_again(
+    tls_url: str, make_engine: MakeEngine, how: How
+) -> None:
+    engine = make_engine(tls_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
+    parent = Parent(engine, "no transaction")
+
+    def child() -> None:
+        other = engine.connect()
+        with pytest.raises(CheckoutTimeoutError):
+            parent.connection.detach()
+        other.close()
+        assert server_pid(parent.connection) != parent.server_pid
+        parent.connection.rollback()
+        parent.connection.detach()
+        assert pool_of(engine).checkedout() == 0
+        parent.connection.close()
+        engine.dispose()
+
+    run_in_child(child, how=how)
+    assert server_pid(parent.connection) == parent.server_pid
+    parent.connection.close()
