@@ -977,7 +977,8 @@ class History:
             thread.line.close()
         os.close(p.pidfd)
         may_commit = self._reset == "commit" and way in ("exit", "exception")
-        for slot in (*p.slots.values(), *p.garbage):
+        # Not of what was dropped: it may have been collected, and committed by the pool or its next user.
+        for slot in p.slots.values():
             in_flight = slot.thread is not None and p.threads[slot.thread].busy_with
             if not (in_flight and in_flight[0] == "commit") and not may_commit:
                 self._end_transaction(slot)
