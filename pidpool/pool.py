@@ -345,19 +345,22 @@ class PidPool(ClosingQueuePool):
         self, checkout: CheckedOutConnection, tag: ConnectionTag, driver: Driver, settings: Settings
     ) -> Any:
         """Let a checkout of an inherited connection go on with one of this process's own."""
-        other: Any = self.connect()
+        other: Any = None
         try:
+            other = self.connect()
             if checkout.is_detached:
                 other.detach()
-            connection = other.dbapi_connection
-            driver.apply(connection, settings)
-        except BaseException:
-            other.close()
+            driver.apply(other.dbapi_connection, settings)
+            own_tag = other.pidpool_tag
+            checkout.go_on_with(other)
+        except BaseException as error:
+            if other is not None:
+                other.close()
+                other = None
+                let_go_of_frames(error)
             raise
-        own_tag = other.pidpool_tag
-        connection = checkout.go_on_with(other)
         self.pool_events.connection_replaced(tag, own_tag)
-        return connection
+        return checkout.dbapi_connection
 
     def report_refused(self, tag: ConnectionTag, state: StateAtFork) -> None:
         """Count and log that a use of an inherited connection was refused."""

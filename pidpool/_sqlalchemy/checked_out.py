@@ -173,10 +173,9 @@ class CheckedOutConnection(_ConnectionFairy):
             raise
 
     def detach(self) -> None:
-        connection = self.dbapi_connection
-        if isinstance(connection, DisownedConnection) and connection.pidpool_inheritance.may_be_replaced():
+        if self.is_disowned() and self.held_connection.pidpool_inheritance.may_be_replaced():
             # If that fails, the checkout is as it was, as after any other use, and can be used again.
-            connection.pidpool_inheritance.replacement()
+            self.held_connection.pidpool_inheritance.replacement()
         try:
             self._detach()
         except BaseException as error:
@@ -264,26 +263,37 @@ class CheckedOutConnection(_ConnectionFairy):
             self.entry.checkin()
         self.held_connection = self.entry = None
 
-    def go_on_with(self, other: CheckedOutConnection) -> Any:
-        """Take over the connection of a checkout just made, in the place of an inherited one."""
-        inherited, entry = self.entry, other.entry
-        connection = other.held_connection
-        self.__dict__.pop("info", None)  # memoized from the inherited entry
-        if entry is None:
-            self._detached_from = other._detached_from
-            if self._detached_from is not None:
-                self._detached_from.detach(self)
-        else:
-            if inherited is not None:
-                # What SQLAlchemy wants undone at checkin, such as an isolation level.
-                entry.undo_at_checkin_too(inherited)
-                inherited.checkin()
-            entry.mark_checked_out(self)
-        self.entry = entry
-        self.held_connection = connection
-        # Emptied, so that its end does not return the connection.
-        other.entry = other.held_connection = None
-        return connection
+    def go_on_with(self, other: CheckedOutConnection) -> None:
+        """Take over the connection of a checkout just made, in the place of an inherited one.
+
+        If this is interrupted, both checkouts are as they were.
+        """
+        inherited, stand_in, detached_from = self.entry, self.held_connection, self._detached_from
+        entry, connection = other.entry, other.held_connection
+        try:
+            self.__dict__.pop("info", None)  # memoized from the inherited entry
+            if entry is None:
+                self._detached_from = other._detached_from
+                if self._detached_from is not None:
+                    self._detached_from.detach(self)
+            else:
+                if inherited is not None:
+                    # What SQLAlchemy wants undone at checkin, such as an isolation level.
+                    entry.undo_at_checkin_too(inherited)
+                entry.mark_checked_out(self)
+            self.entry, self.held_connection = entry, connection
+            # Emptied, so that its end does not return the connection.
+            other.entry = other.held_connection = None
+        except BaseException:
+            self.entry, self.held_connection, self._detached_from = inherited, stand_in, detached_from
+            other.entry, other.held_connection = entry, connection
+            if entry is not None:
+                entry.mark_checked_out(other)
+            elif other._detached_from is not None:
+                other._detached_from.detach(other)
+            raise
+        if entry is not None and inherited is not None:
+            inherited.checkin()
 
 
 def _finalize(entry: PidPoolEntry, pool: Pool, echo: Any) -> None:

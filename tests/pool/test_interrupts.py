@@ -141,6 +141,19 @@ def test_an_interrupt_at_any_bytecode_leaves_the_capacity_whole(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("copies", ["1", "0"])
+@pytest.mark.parametrize("operation", ["child, first use", "child, first use, detached", "child, detach"])
+def test_an_interrupt_while_a_child_replaces_a_connection_leaves_the_capacity_whole(
+    operation: str, copies: str
+) -> None:
+    """And the checkout can be used again."""
+    form = ("--every",) if SOAK else ("--step", "17")
+    found = harm("PidPool", "--only", operation, *form, copies=copies)[operation]
+    assert found["bytecodes"] > 100
+    assert not found["harmful"]
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("operation", ["task, times out", "task, handed over"])
 def test_an_interrupt_of_a_task_that_waits_leaves_the_capacity_whole(operation: str) -> None:
     form = ("--every",) if SOAK else ("--step", "7")

@@ -3,6 +3,7 @@
     python tests/programs/interrupts.py             # a table: QueuePool beside PidPool
     python tests/programs/interrupts.py PidPool     # the harm as JSON, and a line for each harmful bytecode
     python tests/programs/interrupts.py AsyncPidPool  # the same of the waits of asyncio's tasks
+    python tests/programs/interrupts.py PidPool --only "child, first use"  # each time in a new child
 
 An interrupt is an exception that a signal handler raises: a soft time limit, KeyboardInterrupt, a killed
 greenlet. Here a tracer raises it. It does harm if the pool afterwards has more or less than its capacity,
@@ -14,10 +15,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import logging
 import os
+import pickle
+import sqlite3
 import sys
 import threading
 import traceback
@@ -74,6 +78,14 @@ class Connection:
     def open(cls) -> int:
         """Return how many are open."""
         return sum(not each.is_closed for each in list(cls.alive))
+
+
+class InMemory(Connection, sqlite3.Connection):
+    """As `Connection`, with a driver that pidpool knows: only then an inherited one is replaced."""
+
+    def __init__(self) -> None:
+        sqlite3.Connection.__init__(self, ":memory:", check_same_thread=False)
+        Connection.__init__(self)
 
 
 # -- interrupting
@@ -149,9 +161,13 @@ class Trial:
     there, as a ``with`` block does, and forgets it.
     """
 
-    def __init__(self, make: Callable[..., Any], timeout: float = TIMEOUT) -> None:
-        self.pool = make(Connection, pool_size=SIZE, max_overflow=OVERFLOW, timeout=timeout)
+    def __init__(self, make: Callable[..., Any], connection: type[Connection]) -> None:
+        self.pool = make(connection, pool_size=SIZE, max_overflow=OVERFLOW, timeout=TIMEOUT)
         self.held: list[Any] = []
+        self.uses_again = False
+        """Whether the application uses what it still has once more before it closes it."""
+        self.elsewhere = 0
+        """How many connections other processes have checked out."""
 
     def fill(self, idle: int, held: int) -> None:
         checkouts = [self.pool.connect() for _ in range(idle + held)]
@@ -254,6 +270,46 @@ TASK_OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
 }
 
 
+def inherit(trial: Trial, *, detached: bool = False) -> None:
+    """Go on in a child, which has inherited a checkout, and end the parent after it."""
+    trial.fill(idle=0, held=1)
+    if detached:
+        trial.held[0].detach()
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        os._exit(0)
+    Connection.alive = weakref.WeakSet()  # those that this process opens
+    trial.uses_again, trial.elsewhere = True, int(not detached)
+
+
+def first_use(trial: Trial) -> Iterator[None]:
+    inherit(trial)
+    yield
+    trial.held[0].cursor()
+
+
+def first_use_of_a_detached_one(trial: Trial) -> Iterator[None]:
+    inherit(trial, detached=True)
+    yield
+    trial.held[0].cursor()
+
+
+def detach_an_inherited_one(trial: Trial) -> Iterator[None]:
+    inherit(trial)
+    yield
+    trial.held[0].detach()
+
+
+CHILD_OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
+    "child, first use": first_use,
+    "child, first use, detached": first_use_of_a_detached_one,
+    "child, detach": detach_an_inherited_one,
+}
+
+ALL_OPERATIONS = {**OPERATIONS, **TASK_OPERATIONS, **CHILD_OPERATIONS}
+
+
 # -- what must be so afterwards
 
 
@@ -261,9 +317,10 @@ class Checkouts(threading.Thread):
     """Checks out as many connections as the pool may have, and one more, in a thread of its own: a lock that
     the interrupted one has kept would not keep that out."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, elsewhere: int) -> None:
         super().__init__(daemon=True)
         self.pool = pool
+        self.elsewhere = elsewhere
         self.found: list[str] = []
 
     def run(self) -> None:
@@ -312,7 +369,7 @@ class Checkouts(threading.Thread):
                 "listed": (len(stats.connections), SIZE),
                 "wanting": (stats.wanting, 0),
                 "permits": (stats.permits, 0 if family.limit is None else SIZE),
-                "family's used": (family.used, 0),
+                "family's used": (family.used, self.elsewhere),
                 "family's idle": (family.idle, SIZE),
             }
             self.found.extend(
@@ -328,8 +385,8 @@ def interrupt(
     :param keeps: whether the application keeps the exception, with its traceback.
     """
     Connection.alive = weakref.WeakSet()
-    trial = Trial(make)
-    steps = {**OPERATIONS, **TASK_OPERATIONS}[operation](trial)
+    trial = Trial(make, InMemory if operation in CHILD_OPERATIONS else Connection)
+    steps = ALL_OPERATIONS[operation](trial)
     next(steps)
     if operation.endswith("times out"):
         trial.pool._timeout = SHORT_TIMEOUT
@@ -360,16 +417,41 @@ def interrupt(
         return interrupter, []
     for each in trial.held:
         if each.is_valid:
+            if trial.uses_again:
+                each.cursor()
             each.close()
     trial.held.clear()
     each = None
-    checkouts = Checkouts(trial.pool)
+    if operation in CHILD_OPERATIONS:
+        gc.collect()  # one of sqlite3's refers to itself
+    checkouts = Checkouts(trial.pool, trial.elsewhere)
     checkouts.start()
     checkouts.join(PATIENCE[type(trial.pool)])
     if checkouts.is_alive():
         checkouts.found.append("a thread hangs")
     sys.unraisablehook = sys.__unraisablehook__
     return interrupter, checkouts.found
+
+
+def interrupt_in_a_child(*arguments: Any) -> tuple[Interrupter, list[str]]:
+    """As `interrupt`, for an operation that leaves its process."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if not pid:
+        gc.freeze()
+        with open(theirs, "wb") as pipe:
+            try:
+                pickle.dump(interrupt(*arguments), pipe)
+                pipe.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as pipe:
+        result: tuple[Interrupter, list[str]] = pickle.load(pipe)
+    os.waitpid(pid, 0)
+    return result
 
 
 def harm(
@@ -381,13 +463,14 @@ def harm(
     :param step: 1 for each bytecode, 2 for each second one.
     :param most: the number of harmful bytecodes that are enough.
     """
+    run = interrupt_in_a_child if operation in CHILD_OPERATIONS else interrupt
     for _ in range(2):  # the first time something is imported, or made once
-        executed = interrupt(make, operation, None, Interrupt, False)[0].executed
+        executed = run(make, operation, None, Interrupt, False)[0].executed
     found: dict[int, list[str]] = {}
     for turn, at in enumerate(itertools.count(1, step)):
         is_over = False
         for error, keeps in VARIANTS if every_variant else VARIANTS[turn % len(VARIANTS) :][:1]:
-            interrupter, wrong = interrupt(make, operation, at, error, keeps)
+            interrupter, wrong = run(make, operation, at, error, keeps)
             is_over = interrupter.where is None
             if wrong and not is_over:
                 kept = "kept" if keeps else "dropped"
@@ -416,7 +499,9 @@ POOLS: dict[str, Callable[..., Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pool", nargs="?", choices=POOLS)
-    parser.add_argument("--only", choices=[*OPERATIONS, *TASK_OPERATIONS], nargs="*", help="operations")
+    parser.add_argument(
+        "--only", choices=[*OPERATIONS, *TASK_OPERATIONS, *CHILD_OPERATIONS], nargs="*", help="operations"
+    )
     parser.add_argument("--every", action="store_true", help="each error, kept and dropped, at each bytecode")
     parser.add_argument("--step", type=int, default=1, help="1 for each bytecode, 2 for each second one")
     parser.add_argument("--most", type=int, help="so many harmful bytecodes of an operation are enough")
