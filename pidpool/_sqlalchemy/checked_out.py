@@ -169,7 +169,7 @@ class CheckedOutConnection(_ConnectionFairy):
             # A soft one has the next checkout recycle the connection: an inherited one has no next checkout.
         except BaseException as error:
             if not soft:
-                self._end(error)
+                self.end(error)
             raise
 
     def detach(self) -> None:
@@ -179,7 +179,7 @@ class CheckedOutConnection(_ConnectionFairy):
         try:
             self._detach()
         except BaseException as error:
-            self._end(error)
+            self.end(error)
             raise
 
     def _detach(self) -> None:
@@ -214,7 +214,7 @@ class CheckedOutConnection(_ConnectionFairy):
             if self._counter == 0:
                 self._checkin()
         except BaseException as error:
-            self._end(error)
+            self.end(error)
             raise
 
     def _close_special(self, transaction_reset: bool = False) -> None:
@@ -223,11 +223,11 @@ class CheckedOutConnection(_ConnectionFairy):
             if self._counter == 0:
                 self._checkin(transaction_was_reset=transaction_reset)
         except BaseException as error:
-            self._end(error)
+            self.end(error)
             raise
 
-    def _end(self, error: BaseException) -> None:
-        """End the checkout, since the operation that was to end it was interrupted.
+    def end(self, error: BaseException) -> None:
+        """End the checkout, since an operation that was to begin or end it was interrupted.
 
         If it still has its entry, that was not returned yet, and nothing else has it.
         """
@@ -236,6 +236,16 @@ class CheckedOutConnection(_ConnectionFairy):
         let_go_of_frames(error)
         if entry is not None:
             entry.end(error)
+
+    def ping_and_call_listeners(self) -> None:
+        """Have SQLAlchemy ping the connection and call the listeners, as options and application want it."""
+        try:
+            _ConnectionFairy._checkout(self._pool, None, self)
+        except BaseException as error:
+            # Not left to the finalizer: the error's traceback may keep the checkout, in the frame of a
+            # listener that said that the connection is dead.
+            self.end(error)
+            raise
 
     # -- its end
 
@@ -334,7 +344,8 @@ def _check_out_by_sqlalchemy(pool: Any) -> CheckedOutConnection:
     # In a child forked in the lines above, the entry has the stand-in for the connection that theirs has.
     connection = entry.dbapi_connection if entry.inherited else theirs.dbapi_connection
     ours = CheckedOutConnection(pool, connection, entry, theirs._echo)
-    return cast(CheckedOutConnection, _ConnectionFairy._checkout(pool, None, ours))
+    ours.ping_and_call_listeners()
+    return cast(CheckedOutConnection, ours)
 
 
 check_out: Callable[[Any, int, int], CheckedOutConnection] = copies.make_check_out(

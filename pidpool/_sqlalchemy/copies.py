@@ -76,7 +76,7 @@ def make_check_out(
                 pool.logger.debug("Connection %r checked out from pool", dbapi_connection)
             checkout = checkout_class(pool, dbapi_connection, entry, echo)
             if pool.dispatch.checkout or pool._pre_ping:
-                _ConnectionFairy._checkout(pool, None, checkout)
+                checkout.ping_and_call_listeners()
             else:
                 checkout._counter = 1
         entry = checkout.entry

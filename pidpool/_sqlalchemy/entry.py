@@ -278,6 +278,17 @@ class PidPoolEntry(_ConnectionRecord):
             if unknown is not None:
                 self.pool_events.driver_unknown(unknown, self.owned.tag)
 
+    def _ConnectionRecord__close(self, *, terminate: bool = False) -> None:
+        connection = self.dbapi_connection
+        try:
+            super()._ConnectionRecord__close(terminate=terminate)  # type: ignore[misc]
+        except BaseException:
+            # Interrupted, perhaps before the driver has closed it. SQLAlchemy 2.1 has forgotten it already,
+            # and the traceback may keep it, in the frame of a listener.
+            if connection is not None and self.dbapi_connection is None:
+                self.pidpool.close_if_open(connection)
+            raise
+
     def close(self) -> None:
         if self._let_go_if_inherited():
             return

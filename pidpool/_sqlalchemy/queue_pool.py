@@ -200,6 +200,12 @@ class HookedQueuePool(QueuePool):
                 owned.give_back_permit()
                 self.note_closed(owned)  # also if a task was cancelled here: it is closed, or dropped
 
+    def close_if_open(self, connection: Any) -> None:
+        """Close a connection of this process's whose closing was interrupted before it began."""
+        owned = owned_connections.get(id(connection))
+        if owned is not None and owned.is_of_this_process() and not self._dialect.is_async:
+            self._close_connection(connection, terminate=True)
+
     def note_closed(self, owned: OwnedConnection) -> None:
         """Count and log once that a connection was closed, or dropped."""
         if owned.is_counted_closed:

@@ -49,6 +49,10 @@ IS_THERE = _c is not None
 """Whether this system has such locks; where it has none they can't be acquired."""
 
 
+_left_locked: list[ctypes.Array[ctypes.c_char]] = []
+"""Locks that are still held, though nothing else refers to them: their memory stays."""
+
+
 class RobustLock:
     """A lock in the first `SIZE` bytes of shared memory, used by every process that has it.
 
@@ -92,6 +96,12 @@ class RobustLock:
             finally:
                 self.release()
                 self._users.pop(user, None)
+
+    def __del__(self) -> None:
+        # The C library has a list of the locks that a thread holds, and would follow it into memory that is
+        # gone.
+        if self._users:  # an interrupt came between `work` and the release
+            _left_locked.append(self._mutex)
 
     def acquire(self, seconds: float) -> bool:
         """Take the lock; False if it could not be had within `seconds`."""

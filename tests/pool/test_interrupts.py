@@ -108,8 +108,8 @@ def test_a_connection_whose_close_is_interrupted_counts_as_closed() -> None:
 
 PROGRAM = Path(__file__).parent.parent / "programs" / "interrupts.py"
 OPERATIONS = [
-    *("checkout, idle", "checkout, opens", "checkout, times out", "checkin", "checkin, overflow"),
-    *("drop", "invalidate", "detach", "dispose"),
+    *("checkout, idle", "checkout, opens", "checkout, recycles", "checkout, dead", "checkout, times out"),
+    *("checkin", "checkin, overflow", "drop", "invalidate", "detach", "dispose"),
 ]
 
 

@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any, ClassVar
 
+from sqlalchemy import event
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.util import greenlet_spawn
 
@@ -188,6 +190,28 @@ def checkout_that_opens_one(trial: Trial) -> Iterator[None]:
     trial.held.append(trial.pool.connect())
 
 
+def checkout_that_recycles(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=2)
+    trial.held[0].invalidate(soft=True)
+    trial.held.pop(0).close()
+    yield
+    trial.held.append(trial.pool.connect())
+
+
+def checkout_that_finds_a_dead_connection(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=1, held=1)
+    errors = [DisconnectionError()]
+
+    # Its frame, which the error's traceback keeps, has all that is being checked out.
+    @event.listens_for(trial.pool, "checkout")
+    def checkout(connection: Any, entry: Any, checkout: Any) -> None:
+        if errors:
+            raise errors.pop()
+
+    yield
+    trial.held.append(trial.pool.connect())
+
+
 def checkout_that_times_out(trial: Trial) -> Iterator[None]:
     trial.fill(idle=0, held=3)
     yield
@@ -233,6 +257,8 @@ def dispose(trial: Trial) -> Iterator[None]:
 OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
     "checkout, idle": checkout_of_an_idle_connection,
     "checkout, opens": checkout_that_opens_one,
+    "checkout, recycles": checkout_that_recycles,
+    "checkout, dead": checkout_that_finds_a_dead_connection,
     "checkout, times out": checkout_that_times_out,
     "checkin": checkin,
     "checkin, overflow": checkin_of_an_overflowing_one,

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -389,3 +390,48 @@ def test_a_lock_whose_release_is_interrupted_is_free_for_other_threads(
     other.start()
     other.join()
     assert had == [True]
+
+
+LEFT_LOCKED = """
+import gc, itertools, mmap, sys
+from pidpool.stats.robust_lock import SIZE, RobustLock
+
+def trace(frame, event, _):
+    if frame.f_code is not RobustLock.run.__code__:
+        return None
+    frame.f_trace_opcodes = True
+    def at_bytecode(frame, event, _):
+        global left
+        if event == "opcode":
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+        return at_bytecode
+    return at_bytecode
+
+left, interrupted = 1, 0
+other = RobustLock(memoryview(mmap.mmap(-1, mmap.PAGESIZE)))
+for number in itertools.count(1):
+    left = number
+    lock = RobustLock(memoryview(mmap.mmap(-1, mmap.PAGESIZE)))
+    sys.settrace(trace)
+    try:
+        lock.run(1, int)
+    except KeyboardInterrupt:
+        interrupted += 1
+    finally:
+        sys.settrace(None)
+    if left > 0:
+        break
+    del lock
+    gc.collect()
+    assert other.run(1, int)
+print(interrupted)
+"""
+
+
+def test_a_lock_that_an_interrupt_has_left_locked_keeps_its_memory() -> None:
+    """The C library's list of the thread's locks leads through it."""
+    run = subprocess.run([sys.executable, "-c", LEFT_LOCKED], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 30
