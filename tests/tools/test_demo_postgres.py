@@ -56,7 +56,9 @@ def running(pid: int) -> bool:
 
 
 def shared_memory_of(pid: int) -> list[str]:
-    return [line for line in SHARED_MEMORY.read_text().splitlines() if line.split()[4] == str(pid)]
+    # PostgreSQL's has a key. Those without are of others, who had the same pid before (Chromium leaves some).
+    lines = (line.split() for line in SHARED_MEMORY.read_text().splitlines())
+    return [" ".join(line) for line in lines if line[4] == str(pid) and line[0] != "0"]
 
 
 def query(url: str, statement: str) -> object:
