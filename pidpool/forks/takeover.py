@@ -225,7 +225,10 @@ def _take_over(fork: NoticedFork) -> None:
         # the socket what its parent is doing there (test_takeover.py::test_a_copy_in_flight_is_the_parents).
         action: SocketAction = "severed"
         if not owned.is_severed:
-            is_in_a_call = checkout is not None and (checkout.has_streamed or is_busy(connection))
+            # Also if its checkout was dropped, in whose finalizer this may run: the call is still unwound.
+            rests = entry is not None and not entry.in_use
+            has_streamed = checkout is not None and checkout.has_streamed
+            is_in_a_call = not rests and (has_streamed or is_busy(connection))
             if not owned.sever_socket(even_if_kept=is_in_a_call):
                 action = "kept"
         if pool is not None and id(pool) in takeovers:

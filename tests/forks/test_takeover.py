@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 from engines import MakeEngine
-from forking import How, run_in_child
+from forking import How, fork, run_in_child
 from parent import Parent, server_pid
 from sqlalchemy import create_engine, text
 
@@ -24,12 +24,15 @@ both_hows = pytest.mark.parametrize("how", ["python", "c"])
 
 
 @pytest.mark.usefixtures("clean_log")
+@pytest.mark.parametrize("dropped", [False, True], ids=["held", "dropped first"])
 @pytest.mark.parametrize("inherited_sockets", ["sever", "keep"])
+@both_hows
 def test_a_copy_in_flight_is_the_parents(
-    tls_url: str, make_engine: MakeEngine, inherited_sockets: str
+    tls_url: str, make_engine: MakeEngine, how: How, inherited_sockets: str, dropped: bool
 ) -> None:
     """The child unwinds the driver's call, and would end the COPY on its parent's socket."""
-    connection = make_engine(tls_url, inherited_sockets=inherited_sockets).raw_connection()
+    engine = make_engine(tls_url, inherited_sockets=inherited_sockets)
+    connection = engine.raw_connection()
     cursor = connection.cursor()
     cursor.execute("select pg_backend_pid()")
     pid_before = cursor.fetchone()
@@ -40,10 +43,18 @@ def test_a_copy_in_flight_is_the_parents(
         reads = 0
 
         def read(self, size: int | None = -1) -> str:
+            nonlocal connection
             self.reads += 1
             if self.reads == 2:
-                child = os.fork()
+                child = fork(how)
                 if child == 0:
+                    if dropped:
+                        cycle: list[Any] = [connection]
+                        cycle.append(cycle)
+                        del cycle, connection
+                        gc.collect()
+                    else:
+                        engine.pool.status()
                     raise ZeroDivisionError
                 assert os.waitpid(child, 0)[1] == 0
             return "line\n" if self.reads < 4 else ""
