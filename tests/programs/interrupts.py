@@ -525,9 +525,7 @@ POOLS: dict[str, Callable[..., Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pool", nargs="?", choices=POOLS)
-    parser.add_argument(
-        "--only", choices=[*OPERATIONS, *TASK_OPERATIONS, *CHILD_OPERATIONS], nargs="*", help="operations"
-    )
+    parser.add_argument("--only", choices=ALL_OPERATIONS, nargs="*", help="operations")
     parser.add_argument("--every", action="store_true", help="each error, kept and dropped, at each bytecode")
     parser.add_argument("--step", type=int, default=1, help="1 for each bytecode, 2 for each second one")
     parser.add_argument("--most", type=int, help="so many harmful bytecodes of an operation are enough")

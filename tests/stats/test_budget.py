@@ -394,7 +394,7 @@ def test_a_lock_whose_release_is_interrupted_is_free_for_other_threads(
 
 LEFT_LOCKED = """
 import gc, itertools, mmap, sys
-from pidpool.stats.robust_lock import SIZE, RobustLock
+from pidpool.stats.robust_lock import RobustLock
 
 def trace(frame, event, _):
     if frame.f_code is not RobustLock.run.__code__:
