@@ -105,7 +105,10 @@ HOSTS = [
     Host("granian wsgi", granian("wsgi"), inherits=False),
     Host("Celery prefork", celery("--pool=prefork"), workers=1),  # it may give all tasks to one worker
     Host(
-        "Celery prefork, max-tasks-per-child", celery("--pool=prefork", "--max-tasks-per-child=3"), workers=4
+        "Celery prefork, max-tasks-per-child",
+        celery("--pool=prefork", "--max-tasks-per-child=3"),
+        workers=4,
+        starts_anew=True,
     ),
     Host("RQ", rq, workers=12, system=True),
     Host("dramatiq", dramatiq, inherits=False, workers=1, system=True),

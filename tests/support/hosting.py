@@ -75,8 +75,10 @@ class Host:
     ends_by: signal.Signals | None = None
     """A signal to all processes, workers included, that ends them; None for SIGTERM to the first one."""
     starts_anew: bool = False
-    """Whether it starts workers in the place of others while it is ended. uWSGI's master sends each worker a
-    signal then, which one that is just being started loses: it goes on waiting for requests for ever."""
+    """Whether it starts workers in the place of others, which it should have done before it is ended. uWSGI's
+    master sends each worker a signal, which one that is just being started loses: it goes on waiting for
+    requests for ever. Celery's pool waits for ever for a lock of its queue (``_help_stuff_finish`` in
+    billiard/pool.py), which a worker has not given back: so 1 of 80 runs without any database ended."""
     says_goodbye: bool = True
     """Whether its workers run Python's exit handlers. If not, they break off their connections, and the log
     is read before."""
