@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from pidpool.tools.demo.postgres import EmbeddedPostgres
 def pytest_collection_finish() -> None:
     # Otherwise each collection looks at all that was imported, and in a forked child copies its pages.
     gc.freeze()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in a job that a script starts with "&". The programs that tests start would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:
         _hide_xdists_thread()
 

@@ -77,4 +77,4 @@ class Terminal:
         deadline = time.monotonic() + SECONDS
         while select.select([self._ours], [], [], max(0.0, deadline - time.monotonic()))[0] and self._read():
             pass
-        return self._process.wait(timeout=1)
+        return self._process.wait(timeout=SECONDS)
