@@ -161,15 +161,25 @@ class CheckedOutConnection(_ConnectionFairy):
         self.held_connection.rollback()
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        detached = None
         try:
             if not self.is_disowned():
+                if self.entry is None and not soft:
+                    detached = self.held_connection
                 super().invalidate(e, soft)
+                if detached is not None:
+                    # SQLAlchemy leaves it to the collector. A cycle of the error's may keep it for long, and
+                    # with it the permit of a family that has a limit.
+                    self._pool._close_connection(detached, terminate=True)
             elif not soft:
                 self.let_go()
             # A soft one has the next checkout recycle the connection: an inherited one has no next checkout.
         except BaseException as error:
             if not soft:
                 self.end(error)
+            if detached is not None:
+                pool: Any = self._pool
+                pool.close_if_open(detached)
             raise
 
     def detach(self) -> None:

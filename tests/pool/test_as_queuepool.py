@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -135,7 +136,7 @@ class Run:
                 checkout._checkout_existing()  # type: ignore[attr-defined]
                 checkout.close()
             elif what == "all":
-                pool._invalidate(checkout)
+                self.invalidate(checkout, lambda: pool._invalidate(checkout))
                 self.checkouts.pop(number)
             else:
                 self.checkouts.pop(number)
@@ -146,7 +147,15 @@ class Run:
                         checkout._close_special(transaction_reset=True)  # type: ignore[attr-defined]
                     self.returned.append(checkout)
                 elif what == "invalidate":
-                    checkout.invalidate()
+                    self.invalidate(checkout, checkout.invalidate)
+
+    def invalidate(self, checkout: PoolProxiedConnection, invalidate: Callable[[], None]) -> None:
+        connection = checkout.dbapi_connection
+        was_detached = connection is not None and checkout.is_detached
+        invalidate()
+        if was_detached and not isinstance(self.pool, PidPool):
+            # QueuePool leaves it to the collector, PidPool closes it.
+            self.pool._close_connection(connection, terminate=True)  # type: ignore[arg-type]
 
     def all(self) -> list[Any]:
         for _ in range(STEPS):

@@ -159,6 +159,12 @@ def test_every_way_to_lose_a_connection_gives_its_permit_back(tls_url: str, make
     dropped.detach()
     del dropped
     assert permits(pool) == 0
+    invalidated = engine.raw_connection()
+    invalidated.detach()
+    kept = invalidated.dbapi_connection  # as a cycle of the error's does
+    invalidated.invalidate()
+    assert permits(pool) == 0 and kept is not None and kept.closed
+    assert pool.stats().counters.closed["detached"] == 2
     engine.connect().close()
     engine.dispose()
     assert permits(pool) == 0

@@ -378,10 +378,11 @@ class HistoryProcess:
             os.kill(os.getpid(), signal.SIGKILL)
         if way == "exec":
             os.execv("/bin/true", ["true"])
+        # What a driver makes of it on its way up ends the process too: another thread may use the connection.
+        self.is_ending = True
         if way == "exit":
             raise SystemExit(0)
         if way == "exception":
-            self.is_ending = True
             raise Ended("a process of a history ends by an exception")
         os._exit(0)
 
