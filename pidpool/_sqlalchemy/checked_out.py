@@ -161,25 +161,19 @@ class CheckedOutConnection(_ConnectionFairy):
         self.held_connection.rollback()
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
-        detached = None
         try:
             if not self.is_disowned():
-                if self.entry is None and not soft:
-                    detached = self.held_connection
+                if self.entry is None and self.held_connection is not None and not soft:
+                    # Detached. SQLAlchemy leaves it to the collector: a cycle of the error's may keep it for
+                    # long, and with it the permit of a family that has a limit.
+                    self._pool._close_connection(self.held_connection, terminate=True)
                 super().invalidate(e, soft)
-                if detached is not None:
-                    # SQLAlchemy leaves it to the collector. A cycle of the error's may keep it for long, and
-                    # with it the permit of a family that has a limit.
-                    self._pool._close_connection(detached, terminate=True)
             elif not soft:
                 self.let_go()
             # A soft one has the next checkout recycle the connection: an inherited one has no next checkout.
         except BaseException as error:
             if not soft:
                 self.end(error)
-            if detached is not None:
-                pool: Any = self._pool
-                pool.close_if_open(detached)
             raise
 
     def detach(self) -> None:
@@ -242,10 +236,13 @@ class CheckedOutConnection(_ConnectionFairy):
         If it still has its entry, that was not returned yet, and nothing else has it.
         """
         entry, self.entry = self.entry, None
-        self.held_connection = None
+        connection, self.held_connection = self.held_connection, None
         let_go_of_frames(error)
         if entry is not None:
             entry.end(error)
+        elif self._detached_from is not None:
+            pool: Any = self._pool
+            pool.close_if_open(connection)
 
     def ping_and_call_listeners(self) -> None:
         """Have SQLAlchemy ping the connection and call the listeners, as options and application want it."""

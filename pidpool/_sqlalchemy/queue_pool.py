@@ -196,8 +196,8 @@ class HookedQueuePool(QueuePool):
         finally:
             # Afterwards: if a signal handler forks meanwhile, the child finds the connection, and severs it.
             if owned.is_of_this_process():
-                owned.let_go()
                 owned.give_back_permit()
+                owned.let_go()  # then: `close_if_open` finds it, if an interrupt comes before
                 self.note_closed(owned)  # also if a task was cancelled here: it is closed, or dropped
 
     def close_if_open(self, connection: Any) -> None:

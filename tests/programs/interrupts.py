@@ -242,6 +242,13 @@ def invalidate(trial: Trial) -> Iterator[None]:
     trial.held[0].invalidate()
 
 
+def invalidate_a_detached_one(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=1, held=1)
+    trial.held[0].detach()
+    yield
+    trial.held[0].invalidate()
+
+
 def detach(trial: Trial) -> Iterator[None]:
     trial.fill(idle=1, held=1)
     yield
@@ -264,6 +271,7 @@ OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
     "checkin, overflow": checkin_of_an_overflowing_one,
     "drop": drop,
     "invalidate": invalidate,
+    "invalidate, detached": invalidate_a_detached_one,
     "detach": detach,
     "dispose": dispose,
 }
