@@ -373,12 +373,14 @@ class PoolEvents:
 
         A pool and its successors share this object: it begins anew once.
         """
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
-            # Kept, since to destroy what was waiting costs more.
-            self._waiting_in_parent, self._waiting = self._waiting, deque(maxlen=MOST_WAITING)
-            self.counters = self.family.join(parent_pid)
+        pid = os.getpid()
+        if self._pid != pid:
+            if not self.counters.are_of(pid):
+                # Kept, since to destroy what was waiting costs more.
+                self._waiting_in_parent, self._waiting = self._waiting, deque(maxlen=MOST_WAITING)
+                self.counters = self.family.join(parent_pid)
             self.budget = self.family.budget_for(self.counters)
+            self._pid = pid  # last: if this is interrupted, it begins again
             self.counters.add_adoption(trigger)
 
     def log_later(self, function: Callable[..., None], *arguments: Any) -> None:

@@ -175,6 +175,7 @@ class Family:
         """
         if self._cells[_BLOCKS_USED] == 0 and not self._is_named:
             return self._start(0, parent_pid)  # no other process has the memory yet
+        taken: list[int] = []
         started: list[ProcessCounters] = []
 
         def start() -> None:
@@ -182,9 +183,18 @@ class Family:
             if number is None:
                 self._cells[_UNLISTED] += 1
             else:
+                taken.append(number)
                 started.append(self._start(number, parent_pid))
 
-        if not self._lock.run(_JOIN_WAIT, start):
+        try:
+            has_joined = self._lock.run(_JOIN_WAIT, start)
+        except BaseException:
+            # An interrupt, after which this process joins again. A block without a pid is free in any case.
+            for block in map(self._block, taken):
+                if block[PID] == os.getpid():
+                    block[ENDED] = 1
+            raise
+        if not has_joined:
             self._cells[_UNLISTED] += 1
         if started:
             return started[0]

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import threading
 import time
 import warnings
@@ -20,12 +21,14 @@ import pytest
 from engines import MakeEngine
 from events import Events
 from forking import run_in_child
+from killing import trace_opcodes
 from soak import SOAK
 from sqlalchemy import create_engine, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from waiting import until
 
 from pidpool import AsyncPidPool, PidPool
+from pidpool.events.pool_events import PoolEvents
 from pidpool.stats import budget as budget_module
 from pidpool.stats.process_counters import PERMITS, PID
 from pidpool.tools.demo.postgres import EmbeddedPostgres
@@ -686,3 +689,50 @@ def test_a_limit_holds_under_load_while_processes_are_killed(
     for each in held:
         each.close()
     watcher.dispose()
+
+
+def test_a_child_that_is_interrupted_while_it_joins_the_family_keeps_to_the_limit() -> None:
+    """At each 20th bytecode, in a child each time; then it uses the pool, as if nothing had been."""
+
+    def interrupted(at: int) -> dict[str, Any]:
+        left = at
+
+        def trace(frame: Any, what: str, _: object) -> Any:
+            nonlocal left
+            caller = frame
+            while caller is not None and caller.f_code is not PoolEvents.begin_anew.__code__:
+                caller = caller.f_back
+            if caller is not None:
+                frame.f_trace = trace  # Python 3.13 and later look at it in the next line
+                frame.f_trace_opcodes, frame.f_trace_lines = True, False
+                left -= what == "opcode"
+                if left == 0:
+                    left = -1
+                    raise KeyboardInterrupt
+            return trace
+
+        trace_opcodes(trace)
+        with contextlib.suppress(KeyboardInterrupt):
+            pool.status()
+        sys.settrace(None)
+        held = [pool.connect() for _ in range(2)]
+        with pytest.raises(exc.TimeoutError):
+            pool.connect()
+        stats = pool.family_stats()
+        found = {"used": stats.used, "permits": permits_of_all(pool), "processes": stats.alive}
+        found["own"] = pool.stats().pid == os.getpid()
+        while held:
+            held.pop().invalidate()
+        assert (permits(pool), permits_of_all(pool)) == (0, 1)
+        return {**found, "was interrupted": left < 0}
+
+    pool = PidPool(Connection, pool_size=5, max_overflow=5, timeout=0.1, family_limit=3)
+    held = pool.connect()
+    at, found = 1, {"was interrupted": True}
+    while found["was interrupted"]:
+        found = run_in_child(interrupted, at, how="c")
+        expected = {"used": 3, "permits": 3, "own": True, "processes": 2}
+        assert found == {**expected, "was interrupted": found["was interrupted"]}, f"bytecode {at}"
+        at += 20
+    assert at > 300
+    held.close()
