@@ -45,12 +45,13 @@ def transaction_state(connection: Any) -> StateAtFork:
     return "in transaction" if in_transaction else "no transaction"
 
 
-def is_busy(connection: Any) -> bool:
-    """Return, without I/O, whether a call of the driver's may be in flight on a checked-out connection."""
+def is_busy(connection: Any) -> bool | None:
+    """Return, without I/O, whether a call of the driver's is in flight on a connection; None if that is not
+    known."""
     try:
-        return driver_of(connection).is_busy(connection) is not False
+        return driver_of(connection).is_busy(connection)
     except Exception:
-        return True
+        return None
 
 
 def _local_settings(connection: Any) -> Settings | None:

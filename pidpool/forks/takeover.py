@@ -225,11 +225,14 @@ def _take_over(fork: NoticedFork) -> None:
         # the socket what its parent is doing there (test_takeover.py::test_a_copy_in_flight_is_the_parents).
         action: SocketAction = "severed"
         if not owned.is_severed:
-            # Also if its checkout was dropped, in whose finalizer this may run: the call is still unwound.
-            rests = entry is not None and not entry.in_use
-            has_streamed = checkout is not None and checkout.has_streamed
-            is_in_a_call = not rests and (has_streamed or is_busy(connection))
-            if not owned.sever_socket(even_if_kept=is_in_a_call):
+            if entry is not None and not entry.in_use:
+                may_be_used = is_busy(connection) is True  # in a listener, between checkouts
+            else:
+                # Also if its checkout was dropped, in whose finalizer this may run: the call is still
+                # unwound. If it was collected in a cycle, nobody knows whether it has streamed.
+                has_streamed = checkout is None or checkout.has_streamed
+                may_be_used = has_streamed or is_busy(connection) is not False
+            if not owned.sever_socket(even_if_kept=may_be_used):
                 action = "kept"
         if pool is not None and id(pool) in takeovers:
             place = None if entry is None or state == "idle" else entry.checked_out_at

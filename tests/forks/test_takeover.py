@@ -15,7 +15,7 @@ import pytest
 from engines import MakeEngine
 from forking import How, fork, run_in_child
 from parent import Parent, server_pid
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 
 from pidpool import PidPool, tag_of
 from pidpool.forks import detection
@@ -69,6 +69,49 @@ def test_a_copy_in_flight_is_the_parents(
     assert cursor.fetchone() == (3, *pid_before)  # type: ignore[misc]
     connection.commit()
     connection.close()
+
+
+@pytest.mark.usefixtures("clean_log")
+@pytest.mark.parametrize("name", ["connect", "first_connect", "checkin", "close"])
+@both_hows
+def test_a_copy_of_a_listener_between_checkouts_is_the_parents(
+    tls_url: str, make_engine: MakeEngine, how: How, name: str
+) -> None:
+    """The connection is checked out by nobody, and a call of the driver's is in flight all the same."""
+    engine = make_engine(tls_url, inherited_sockets="keep")
+    parent = os.getpid()
+    found: list[Any] = []
+
+    class Lines(io.StringIO):
+        reads = 0
+
+        def read(self, size: int | None = -1) -> str:
+            self.reads += 1
+            if self.reads == 2:
+                child = fork(how)
+                if child == 0:
+                    engine.pool.status()
+                    raise ZeroDivisionError
+                assert os.waitpid(child, 0)[1] == 0
+            return "line\n" if self.reads < 4 else ""
+
+    def copy(connection: Any, *_: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("create temp table copied (line text)")
+        try:
+            cursor.copy_expert("copy copied from stdin", Lines())
+        except BaseException:
+            if os.getpid() != parent:
+                os._exit(0)
+            raise
+        cursor.execute("select count(*) from copied")
+        found.append(cursor.fetchone())
+        connection.commit()
+
+    event.listen(engine.pool, name, copy)
+    engine.raw_connection().close()
+    engine.dispose()
+    assert found == [(3,)]
 
 
 @pytest.mark.usefixtures("table", "clean_log")
