@@ -146,8 +146,12 @@ class CheckedOutConnection(_ConnectionFairy):
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         cursor = self.dbapi_connection.cursor(*args, **kwargs)
-        # Named, as psycopg2 and psycopg have it.
-        if (args and args[0]) or kwargs.get("name"):
+        pool: Any = self._pool
+        # Named, as psycopg2 and psycopg have it; of a class of PyMySQL's; `server_side` of SQLAlchemy's
+        # adapters for asyncio.
+        if pool.streams_by_any_cursor or (
+            (args or kwargs) and ((args and args[0]) or kwargs.get("name") or kwargs.get("server_side"))
+        ):
             self.has_streamed = True
             return StreamedCursor(cursor)
         return cursor

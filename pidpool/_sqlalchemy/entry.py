@@ -31,6 +31,9 @@ class PoolOfEntries(Protocol):
 
     pool_events: PoolEvents
 
+    streams_by_any_cursor: bool
+    """Whether its driver's results may be streamed by any cursor."""
+
     def wait_for_permit(self) -> Permit | None:
         """Return a permit to open a connection; None if the family has no limit."""
 
@@ -145,6 +148,8 @@ class PidPoolEntry(_ConnectionRecord):
             raise ForkedWhileOpening
         self.own(owned)
         self._hand_permit_over(connection)
+        if driver_of(connection).streams_by_any_cursor:
+            self.pidpool.streams_by_any_cursor = True
         self.pidpool.start_idle_thread()
         try:
             # One statement, once in a family, before the application has the connection.

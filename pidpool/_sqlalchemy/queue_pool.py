@@ -49,6 +49,8 @@ class HookedQueuePool(QueuePool):
     """The share of ``recycle`` by which a connection may be recycled earlier."""
     waits_in_turns = False
     """Whether a wait for a connection may end without one coming back."""
+    streams_by_any_cursor = False
+    """Whether its driver's results may be streamed by any cursor; known once a connection is open."""
     wanted: memoryview | None = None
     """A cell that is not 0 if a thread of the family may want a permit; None without a limit."""
 

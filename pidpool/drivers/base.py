@@ -20,6 +20,9 @@ class Driver:
     `find_fileno` and `max_connections`.
     """
 
+    streams_by_any_cursor: bool = False
+    """Whether SQLAlchemy streams results by a cursor that was asked for as any other."""
+
     def fileno(self, connection: Any) -> int | None:
         # By the type, since asking a stand-in or a mock for an attribute may be a use of it.
         if callable(getattr(type(connection), "fileno", None)):

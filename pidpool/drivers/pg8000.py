@@ -9,6 +9,9 @@ from pidpool.drivers.postgresql import PostgreSQL
 
 
 class Pg8000(PostgreSQL):
+    # SQLAlchemy declares a cursor on the server by a statement, and fetches from it.
+    streams_by_any_cursor = True
+
     # Isolation level, read only and deferrable are kept by the server: only autocommit is held here.
     def fileno(self, connection: Any) -> int | None:
         socket = connection._usock

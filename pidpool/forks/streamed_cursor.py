@@ -1,5 +1,5 @@
-"""`StreamedCursor`: a named cursor, which asks the server for every batch of rows, and so has to check first
-whether this is still the process that opened it.
+"""`StreamedCursor`: a named cursor, or another one that streams. It asks the server for every batch of rows,
+and so has to check first whether this is still the process that opened it.
 
 A child forked in C can go on with an inherited streamed result without passing any door of the pool: its
 fetch would be the first thing it does, on its parent's socket

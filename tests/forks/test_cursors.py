@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
+import ssl
+import sys
+from typing import Any
 
 import pytest
 from engines import MakeEngine
-from forking import How, run_in_child
+from forking import How, run_in_child, run_in_child_of_loop
 from parent import Parent, server_pid
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import create_async_engine
 
+from pidpool import AsyncPidPool
 from pidpool.forks import detection
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -123,3 +130,95 @@ def test_a_cursor_of_the_driver_sends_nothing(
     cursor.close()
     parent.goes_on()
     parent.notices_nothing()
+
+
+@pytest.mark.parametrize("action", ["fetch", "close"])
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_a_streamed_result_stays_the_parents_if_the_child_collects_its_checkout(
+    postgres: EmbeddedPostgres, make_engine: MakeEngine, driver: str, action: str
+) -> None:
+    """In a cycle, which leaves no reference from the connection to its checkout."""
+    engine = make_engine(postgres.url(driver=f"postgresql+{driver}"), inherited_sockets="keep")
+    holder: list[Any] = [engine.raw_connection()]
+    cursor = holder[0].cursor("streamed")
+    cursor.execute("select generate_series(1, 2000)")
+    assert cursor.fetchmany(2) == [(1,), (2,)]
+
+    def child() -> None:
+        cycle: list[Any] = [*holder]
+        cycle.append(cycle)
+        holder.clear()
+        del cycle
+        gc.collect()
+        with contextlib.suppress(Exception):  # whatever the driver makes of it
+            cursor.fetchmany(300) if action == "fetch" else cursor.close()
+
+    run_in_child(child, how="c")
+    assert cursor.fetchmany(300) == [(number,) for number in range(3, 303)]
+    cursor.close()
+    holder[0].close()
+
+
+@both_hows
+@pytest.mark.parametrize("action", ["fetch", "close"])
+@pytest.mark.parametrize("inherited_sockets", ["sever", "keep"])
+def test_a_result_that_pg8000_streams_stays_the_parents(
+    postgres: EmbeddedPostgres, make_engine: MakeEngine, how: How, inherited_sockets: str, action: str
+) -> None:
+    """SQLAlchemy streams there by a cursor that it has asked for as any other."""
+    context = ssl.create_default_context(cafile=postgres.ca_file)
+    url = postgres.url(driver="postgresql+pg8000").partition("?")[0]
+    engine = make_engine(url, inherited_sockets=inherited_sockets, connect_args={"ssl_context": context})
+    connection = engine.connect()
+    number = server_pid(connection)
+    result = connection.execute(text("select generate_series(1, 90)"), execution_options={"yield_per": 2})
+    numbers = result.scalars()
+    seen = [next(numbers)]
+
+    def child() -> None:
+        with contextlib.suppress(Exception):
+            list(numbers) if action == "fetch" else result.close()
+        connection.rollback()
+        assert server_pid(connection) != number
+        connection.close()
+        engine.dispose()
+
+    run_in_child(child, how=how)
+    assert [*seen, *numbers] == list(range(1, 91))
+    assert server_pid(connection) == number
+    connection.close()
+
+
+@both_hows
+@pytest.mark.parametrize("inherited_sockets", ["sever", "keep"])
+def test_a_result_that_asyncpg_streams_stays_the_parents(
+    postgres: EmbeddedPostgres, how: How, inherited_sockets: str
+) -> None:
+    url = postgres.url(driver="postgresql+asyncpg")
+    engine = create_async_engine(url, poolclass=AsyncPidPool, inherited_sockets=inherited_sockets)
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> list[Any]:
+        connection = await engine.connect()
+        result = await connection.stream(
+            text("select generate_series(1, 900)"), execution_options={"yield_per": 2}
+        )
+        numbers = result.scalars()
+        return [connection, numbers, await anext(aiter(numbers))]
+
+    connection, numbers, first = loop.run_until_complete(begin())
+
+    async def child() -> None:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(5) if sys.version_info >= (3, 11) else contextlib.nullcontext():
+                await numbers.all()
+
+    async def end() -> list[int]:
+        rest = await numbers.all()
+        await connection.close()
+        await engine.dispose()
+        return [first, *rest]
+
+    run_in_child_of_loop(loop, child, how)
+    assert loop.run_until_complete(asyncio.wait_for(end(), 20)) == list(range(1, 901))
+    loop.close()
