@@ -92,6 +92,7 @@ HOSTS = [
         "uWSGI, master, max-requests",
         uwsgi_master("--max-requests=4", "--min-worker-lifetime=0"),
         starts_anew=True,
+        workers_end_by=signal.SIGHUP,
     ),
     Host("uWSGI, lazy-apps", uwsgi("--master", GRACEFULLY, "--lazy-apps"), inherits=False),
     Host("uWSGI, gevent", uwsgi_master("--gevent=10", "--gevent-monkey-patch"), says_goodbye=False),

@@ -75,10 +75,12 @@ class Host:
     ends_by: signal.Signals | None = None
     """A signal to all processes, workers included, that ends them; None for SIGTERM to the first one."""
     starts_anew: bool = False
-    """Whether it starts workers in the place of others, which it should have done before it is ended. uWSGI's
-    master sends each worker a signal, which one that is just being started loses: it goes on waiting for
-    requests for ever. Celery's pool waits for ever for a lock of its queue (``_help_stuff_finish`` in
-    billiard/pool.py), which a worker has not given back: so 1 of 80 runs without any database ended."""
+    """Whether it starts workers in the place of others: it should have done so before it is ended. Celery's
+    pool waits for ever for a lock of its queue (``_help_stuff_finish`` in billiard/pool.py), which a worker
+    has not given back: so 1 of 80 runs without any database ended."""
+    workers_end_by: signal.Signals | None = None
+    """A signal that the first process sends each worker, to have it end. It is sent again after a while: a
+    worker of uWSGI that is just being started loses it, and goes on waiting for requests for ever."""
     says_goodbye: bool = True
     """Whether its workers run Python's exit handlers. If not, they break off their connections, and the log
     is read before."""
@@ -165,12 +167,26 @@ class Run:
             else:  # a uWSGI without a master hands nothing on
                 os.killpg(process.pid, self.host.ends_by)
             try:
+                if self.host.workers_end_by is not None:
+                    self.end_workers(process, self.host.workers_end_by)
                 process.wait(self.patience)
                 until(lambda: not members(process.pid), f"{self.name} leaves processes behind", self.patience)
             except (subprocess.TimeoutExpired, AssertionError) as error:
                 self.note(str(error))
         finally:
             kill_session(process)
+
+    def end_workers(self, process: subprocess.Popen[bytes], how: signal.Signals) -> None:
+        """Wait until a process that was ended has ended its workers; send each the signal now and then."""
+        deadline = time.monotonic() + self.patience
+        while time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+                return
+            for each in members(process.pid):
+                if each != process.pid:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(each, how)
 
     def note(self, problem: str) -> None:
         with self.report.open("a") as file:
