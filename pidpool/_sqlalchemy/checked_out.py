@@ -145,13 +145,11 @@ class CheckedOutConnection(_ConnectionFairy):
     # -- its uses. Not by __getattr__, which costs more.
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        cursor = self.dbapi_connection.cursor(*args, **kwargs)
+        if fork_state[0] == FORKED:  # `dbapi_connection`, without the call: each statement passes here
+            detection.notice_fork()
+        cursor = self.held_connection.cursor(*args, **kwargs)
         pool: Any = self._pool
-        # Named, as psycopg2 and psycopg have it; of a class of PyMySQL's; `server_side` of SQLAlchemy's
-        # adapters for asyncio.
-        if pool.streams_by_any_cursor or (
-            (args or kwargs) and ((args and args[0]) or kwargs.get("name") or kwargs.get("server_side"))
-        ):
+        if pool.streams_by_any_cursor or ((args or kwargs) and _asks_for_streaming(*args, **kwargs)):
             self.has_streamed = True
             return StreamedCursor(cursor)
         return cursor
@@ -315,6 +313,15 @@ class CheckedOutConnection(_ConnectionFairy):
             raise
         if entry is not None and inherited is not None:
             inherited.checkin()
+
+
+def _asks_for_streaming(name: object = None, *_: object, server_side: bool = False, **others: object) -> bool:
+    """Return whether a cursor with these arguments may ask the server for rows later.
+
+    A name, as psycopg2 and psycopg have it, or a class of PyMySQL's; `server_side` is of SQLAlchemy's
+    adapters for asyncio.
+    """
+    return bool(name or server_side)
 
 
 def _finalize(entry: PidPoolEntry, pool: Pool, echo: Any) -> None:
