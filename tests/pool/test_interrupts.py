@@ -154,6 +154,31 @@ def test_an_interrupt_while_a_child_replaces_a_connection_leaves_the_capacity_wh
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("operation", ["fork", "child, forked"])
+def test_an_interrupt_in_an_at_fork_hook_keeps_no_lock(operation: str) -> None:
+    """CPython prints it, and the fork goes on."""
+    form = ("--every",) if SOAK else ("--step", "13")
+    found = harm("PidPool", "--only", operation, *form)[operation]
+    assert found["bytecodes"] > 100
+    assert not found["harmful"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "functions"),
+    [
+        ("fork", ("hold", "_after_fork_in_parent", "release", "after_fork_in_parent")),
+        ("child, forked", ("_after_fork_in_child", "renew", "release")),
+        ("child, first use, in C", ("renew", "_becomes_free")),
+    ],
+)
+def test_an_interrupt_of_a_fork_keeps_no_lock(operation: str, functions: tuple[str, ...]) -> None:
+    """At each bytecode of the functions that take and release the locks of log writers."""
+    found = harm("PidPool", "--only", operation, "--within", *functions)[operation]
+    assert found["bytecodes"] > 100
+    assert not found["harmful"]
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("operation", ["task, times out", "task, handed over"])
 def test_an_interrupt_of_a_task_that_waits_leaves_the_capacity_whole(operation: str) -> None:
     form = ("--every",) if SOAK else ("--step", "7")
