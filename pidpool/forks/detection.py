@@ -208,23 +208,27 @@ def notice_fork() -> None:
             return
         # A collection in the middle would run finalizers of connections that are not disowned yet.
         collecting = gc.isenabled()
-        gc.disable()
         try:
-            is_alone = was_hooked and _hooked_alone
-            in_flight = 0 if is_alone else _gate.in_flight(threading.get_ident())
-            fork = NoticedFork(at, "hook" if was_hooked else "lazy", in_flight, is_alone)
-            for callback in _child_callbacks:
-                callback(fork)
-            if not was_hooked:
-                _has_dead_threads = True
-                log_locks.renew(in_hook=False)
-            openssl.note_child(is_alone)
-            _pid = noticed_pid[0] = os.getpid()
-            if not is_alone:
-                _gate = ConnectGate()
-            fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
+            try:
+                gc.disable()
+                is_alone = was_hooked and _hooked_alone
+                in_flight = 0 if is_alone else _gate.in_flight(threading.get_ident())
+                fork = NoticedFork(at, "hook" if was_hooked else "lazy", in_flight, is_alone)
+                for callback in _child_callbacks:
+                    callback(fork)
+                if not was_hooked:
+                    _has_dead_threads = True
+                    log_locks.renew(in_hook=False)
+                openssl.note_child(is_alone)
+                _pid = noticed_pid[0] = os.getpid()
+                if not is_alone:
+                    _gate = ConnectGate()
+                fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
+            finally:
+                if collecting:
+                    gc.enable()
         finally:
-            if collecting:
+            if collecting:  # again, for an interrupt of the first
                 gc.enable()
 
 

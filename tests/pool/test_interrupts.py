@@ -168,11 +168,14 @@ def test_an_interrupt_in_an_at_fork_hook_keeps_no_lock(operation: str) -> None:
     [
         ("fork", ("hold", "_after_fork_in_parent", "release", "after_fork_in_parent")),
         ("child, forked", ("_after_fork_in_child", "renew", "release")),
-        ("child, first use, in C", ("renew", "_becomes_free")),
+        ("child, first use, in C", ("notice_fork", "renew", "_becomes_free")),
     ],
 )
-def test_an_interrupt_of_a_fork_keeps_no_lock(operation: str, functions: tuple[str, ...]) -> None:
-    """At each bytecode of the functions that take and release the locks of log writers."""
+def test_an_interrupt_of_a_fork_keeps_no_lock_and_garbage_is_collected(
+    operation: str, functions: tuple[str, ...]
+) -> None:
+    """At each bytecode of the functions that take and release the locks of log writers, or that have no
+    garbage collected meanwhile."""
     found = harm("PidPool", "--only", operation, "--within", *functions)[operation]
     assert found["bytecodes"] > 100
     assert not found["harmful"]
