@@ -142,7 +142,10 @@ def test_an_interrupt_at_any_bytecode_leaves_the_capacity_whole(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("copies", ["1", "0"])
-@pytest.mark.parametrize("operation", ["child, first use", "child, first use, detached", "child, detach"])
+@pytest.mark.parametrize(
+    "operation",
+    ["child, first use", "child, first use, detached", "child, first use, in C", "child, detach"],
+)
 def test_an_interrupt_while_a_child_replaces_a_connection_leaves_the_capacity_whole(
     operation: str, copies: str
 ) -> None:
