@@ -208,23 +208,27 @@ def notice_fork() -> None:
             return
         # A collection in the middle would run finalizers of connections that are not disowned yet.
         collecting = gc.isenabled()
-        gc.disable()
         try:
-            is_alone = was_hooked and _hooked_alone
-            in_flight = 0 if is_alone else _gate.in_flight(threading.get_ident())
-            fork = NoticedFork(at, "hook" if was_hooked else "lazy", in_flight, is_alone)
-            for callback in _child_callbacks:
-                callback(fork)
-            if not was_hooked:
-                _has_dead_threads = True
-                log_locks.renew(in_hook=False)
-            openssl.note_child(is_alone)
-            _pid = noticed_pid[0] = os.getpid()
-            if not is_alone:
-                _gate = ConnectGate()
-            fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
+            try:
+                gc.disable()
+                is_alone = was_hooked and _hooked_alone
+                in_flight = 0 if is_alone else _gate.in_flight(threading.get_ident())
+                fork = NoticedFork(at, "hook" if was_hooked else "lazy", in_flight, is_alone)
+                for callback in _child_callbacks:
+                    callback(fork)
+                if not was_hooked:
+                    _has_dead_threads = True
+                    log_locks.renew(in_hook=False)
+                openssl.note_child(is_alone)
+                _pid = noticed_pid[0] = os.getpid()
+                if not is_alone:
+                    _gate = ConnectGate()
+                fork_state[0] = UNREPORTED  # last: if this is interrupted, the next check begins again
+            finally:
+                if collecting:
+                    gc.enable()
         finally:
-            if collecting:
+            if collecting:  # again, for an interrupt of the first
                 gc.enable()
 
 
@@ -248,11 +252,12 @@ parent's threads then, on whose stacks its own new threads run."""
 
 def _before_fork() -> None:
     # One function: each function and each object that is touched here costs the parent a page or two.
-    global _forks_alone
+    global _forks_alone, _hooked_pid
     if fork_state[0] == FORKED:
         # A child forked in C that forks before it uses a pool. The gate it has is its parent's, whose
         # threads may have left it locked (test_a_child_that_never_noticed_its_fork_can_fork).
         notice_fork()
+    _hooked_pid = 0  # the child may have this pid in a namespace of its own
     # Threads that were started in C are counted too; threading.active_count() has not met them. Greenlets of
     # gevent and eventlet are not, and may be in the middle of something as threads are. To look for dead
     # threads' frames crashes: see tests/forks/test_grandchildren.py.
@@ -264,8 +269,9 @@ def _before_fork() -> None:
         and not _gate.connecting
     )
     if not _forks_alone:
-        _gate.before_fork()
-        log_locks.hold()  # after the gate: a thread whose connect is waited for may log
+        fork = get_ident(), id(sys._getframe().f_back)
+        _gate.before_fork(fork)
+        log_locks.hold(fork)  # after the gate: a thread whose connect is waited for may log
     if get_ident() not in guarded_threads:
         openssl.ready_to_fork()
     # Before the fork, when no child can be ahead: events sorted by time have the fork first.
@@ -279,25 +285,32 @@ def _after_fork_in_parent() -> None:
     if _forks_alone:
         _forks_alone = False
         return
-    log_locks.release()
-    _gate.after_fork_in_parent()
+    if _gate.forking:
+        fork = get_ident(), id(sys._getframe().f_back)
+        log_locks.release(fork)
+        _gate.after_fork_in_parent(fork)  # last: there is nothing left to do once it is not there
 
 
 def _after_fork_in_child() -> None:
     global _forks_alone, _hooked_pid, _hooked_at, _hooked_alone, _has_dead_threads
-    _hooked_pid, _hooked_at, _hooked_alone = os.getpid(), time.time(), _forks_alone
+    if _hooked_pid == os.getpid():
+        return  # the second call
+    at = time.time()
     _has_dead_threads = False  # CPython has removed them
     can_wait = True
     for callback in _hook_callbacks:
         can_wait = callback(_forks_alone) and can_wait
     if not _forks_alone:
         log_locks.renew(in_hook=True)
-    _forks_alone = False
+    _hooked_at, _hooked_alone, _forks_alone = at, _forks_alone, False
+    _hooked_pid = os.getpid()  # last: until then the second call begins again
     if not can_wait:
         notice_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-    )
+    os.register_at_fork(before=_before_fork)
+    # Twice, for an interrupt of the first: CPython prints it, and goes on to the next hook. A signal that
+    # comes during a fork is handled in the first hook afterwards that is no function of C's, maybe in ours.
+    for _ in range(2):
+        os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -17,6 +17,10 @@ twice as long for a fork to be over."""
 
 _POLL = 0.001
 
+Fork = tuple[int, int]
+"""A fork that is under way, by its thread and by the `id` of the frame that forks: two threads may fork at a
+time, and a signal handler may fork in the middle of another fork's hooks."""
+
 
 class Passage:
     """One connect on its way through the gate. It is over at the latest when this object goes, so that no
@@ -39,16 +43,17 @@ class ConnectGate:
     def __init__(self) -> None:
         self.connecting: dict[int, weakref.ref[Passage]] = {}
         """The connects in flight, by `id()`; perhaps with some that were interrupted."""
-        self._forking: dict[int, int] = {}
+        self.forking: set[Fork] = set()
+        """The forks that are under way."""
 
     def enter_connect(self, passage: Passage) -> None:
         """Wait until no other thread is forking; called before a connection is opened."""
         thread = threading.get_ident()
         self.connecting[id(passage)] = weakref.ref(passage)
         # A thread that connects or forks already must not wait: the fork may be waiting for it.
-        if self._forking and thread not in self._forking and self._threads().count(thread) == 1:
+        if self.forking and thread not in self._forking_threads() and self._threads().count(thread) == 1:
             passage.thread = None
-            _wait_until(lambda: not self._forking, 2 * CONNECT_WAIT)
+            _wait_until(lambda: not self.forking, 2 * CONNECT_WAIT)
             passage.thread = thread
 
     def leave_connect(self, passage: Passage) -> None:
@@ -56,25 +61,23 @@ class ConnectGate:
         passage.thread = None
         self.connecting.pop(id(passage), None)
 
-    def before_fork(self) -> None:
+    def before_fork(self, fork: Fork) -> None:
         """Wait until no other thread is connecting; a thread that forks itself does not count."""
-        thread = threading.get_ident()
-        self._forking[thread] = self._forking.get(thread, 0) + 1
+        self.forking.add(fork)
         # Two threads that fork while connecting don't wait for each other.
-        _wait_until(lambda: not self.in_flight(thread), CONNECT_WAIT)
+        _wait_until(lambda: not self.in_flight(fork[0]), CONNECT_WAIT)
 
-    def after_fork_in_parent(self) -> None:
-        """Let new connects in."""
-        thread = threading.get_ident()
-        left = self._forking.get(thread, 0) - 1
-        if left > 0:
-            self._forking[thread] = left
-        else:
-            self._forking.pop(thread, None)
+    def after_fork_in_parent(self, fork: Fork) -> None:
+        """Let new connects in. A second call does nothing."""
+        self.forking.discard(fork)
 
     def in_flight(self, thread: int) -> int:
         """Return how many connects other threads have in flight."""
-        return sum(other != thread and other not in self._forking for other in self._threads())
+        forking = self._forking_threads()
+        return sum(other != thread and other not in forking for other in self._threads())
+
+    def _forking_threads(self) -> set[int]:
+        return {thread for thread, _ in list(self.forking)}
 
     def _threads(self) -> list[int]:
         found = []

@@ -17,9 +17,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from itertools import compress
+from operator import methodcaller
 from typing import Any
 
 import structlog
+
+from pidpool.forks.gate import Fork
 
 LOG_LINE_WAIT = 1.0
 """Seconds that a fork waits at most for log lines that other threads are writing."""
@@ -28,17 +32,16 @@ LIVING_WAIT = 0.2
 """Seconds for which a child that may have threads of its own waits for a lock, before it takes the lock's
 holder for a thread of its parent's."""
 
-_held: dict[int, list[Any]] = {}  # by thread: two may fork at a time
+_held: dict[Fork, list[Any]] = {}
 
 
-def hold() -> None:
+def hold(fork: Fork) -> None:
     """Take the writers' locks before a fork, but for those that do not become free in time."""
-    held = _held[threading.get_ident()] = []
+    held = _held[fork] = []
     deadline = time.monotonic() + LOG_LINE_WAIT
     for lock, _ in _writers():
-        if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            held.append(lock)
-        elif lock is _of_logging:
+        held.extend(_taken(lock, max(0.0, deadline - time.monotonic())))
+        if lock is _of_logging and not (held and held[-1] is lock):
             # Its holder may want the handlers' locks (logging.config does), and the stdlib's own hook
             # is about to wait for it, without a bound.
             return
@@ -46,45 +49,61 @@ def hold() -> None:
 
 def are_free(until: float) -> bool:
     """Return whether no thread keeps a writer's lock beyond `until`, in seconds of `time.monotonic`."""
-    for lock, _ in _writers():
-        if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
-            return False
-        lock.release()
-    return True
+    return all(_becomes_free(lock, max(0.0, until - time.monotonic())) for lock, _ in _writers())
 
 
-def release() -> None:
-    """Give the locks back, after the fork, in the parent and in a child alike."""
-    held = _held.pop(threading.get_ident(), [])
+def release(fork: Fork) -> None:
+    """Give the locks back, after the fork, in the parent and in a child alike. What an interrupt has left is
+    given back by a second call."""
+    held = _held.get(fork, [])
     while held:
         try:
-            held.pop().release()
+            next(map(_RELEASE, iter(held.pop, None)))
         except RuntimeError:
             pass  # the stdlib has made this one anew in the child
+    _held.pop(fork, None)
+
+
+# A lock that was taken is noted, and one that is no longer noted is released, in one step of C's: no signal
+# handler runs in between, whose exception would leave the lock locked. Most of these locks can't be asked
+# whether this thread has them.
+
+_RELEASE = methodcaller("release")
+
+
+def _taken(lock: Any, seconds: float) -> Iterator[Any]:
+    """Take a lock, and return it, when the iterator is asked; nothing if it does not become free in time."""
+    return compress((lock,), map(lock.acquire, (True,), (seconds,)))
+
+
+def _becomes_free(lock: Any, seconds: float) -> bool:
+    return len(list(map(_RELEASE, _taken(lock, seconds)))) == 1
 
 
 def renew(*, in_hook: bool) -> None:
     """Make anew in a child each lock that another thread may have held at the fork: that thread does not
-    exist here.
+    exist here. If it was interrupted, it can begin again.
 
     :param in_hook: whether this is the first code that runs in this child. Otherwise the child may have
         written lines and started threads, and only a lock that does not become free is made anew.
     """
-    held = {id(lock) for lock in _held.get(threading.get_ident(), ())}
-    release()
+    own = [fork for fork in _held if fork[0] == threading.get_ident()]
+    held = {id(lock) for fork in own for lock in _held[fork]}
+    for fork in own:
+        release(fork)
     _held.clear()
     for lock, files in _writers():
         if id(lock) in held:
             continue
         # No wait in the hook: under gevent it would switch to the parent's greenlets.
-        if not in_hook and lock.acquire(timeout=LIVING_WAIT):
-            lock.release()
+        if not in_hook and _becomes_free(lock, LIVING_WAIT):
             continue
-        # The lock itself is reset, since loggers that were made already refer to it.
-        if hasattr(lock, "_at_fork_reinit"):
-            lock._at_fork_reinit()
         for file in files:
             _renew_buffer(file)
+        # The lock itself is reset, since loggers that were made already refer to it. Last: a free lock stands
+        # for buffers that are well.
+        if hasattr(lock, "_at_fork_reinit"):
+            lock._at_fork_reinit()
 
 
 def _renew_buffer(file: Any) -> None:

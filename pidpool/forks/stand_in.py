@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from pidpool.drivers import Driver, Settings, driver_of
 from pidpool.errors import ForeignConnectionError, foreign_error_for
@@ -34,12 +34,26 @@ class ReplacingPool(Protocol):
     def report_refused(self, tag: ConnectionTag, state: StateAtFork) -> None: ...
 
 
+_Answer = TypeVar("_Answer")
+
+
+def _answer(ask: Callable[[Any], _Answer | None], connection: Any) -> _Answer | None:
+    """Return what a driver says of a connection; None if it does not say."""
+    try:
+        return ask(connection)
+    except Exception:
+        # A driver's error comes again. What does not is an interrupt, a soft time limit for example, and says
+        # nothing of the connection: whoever asks begins again.
+        try:
+            ask(connection)
+        except Exception:
+            return None
+        raise
+
+
 def transaction_state(connection: Any) -> StateAtFork:
     """Return, without I/O, what a checked-out connection is doing on the server."""
-    try:
-        in_transaction = driver_of(connection).in_transaction(connection)
-    except Exception:
-        return "unknown"
+    in_transaction = _answer(driver_of(connection).in_transaction, connection)
     if in_transaction is None:
         return "unknown"
     return "in transaction" if in_transaction else "no transaction"
@@ -48,18 +62,7 @@ def transaction_state(connection: Any) -> StateAtFork:
 def is_busy(connection: Any) -> bool | None:
     """Return, without I/O, whether a call of the driver's is in flight on a connection; None if that is not
     known."""
-    try:
-        return driver_of(connection).is_busy(connection)
-    except Exception:
-        return None
-
-
-def _local_settings(connection: Any) -> Settings | None:
-    """Read, without I/O, the settings that a replacement has to take over; None if that can't be done."""
-    try:
-        return driver_of(connection).settings(connection)
-    except Exception:
-        return None
+    return _answer(driver_of(connection).is_busy, connection)
 
 
 class Inheritance:
@@ -83,7 +86,7 @@ class Inheritance:
         if checkout is not None:  # otherwise nothing will go on with another connection
             self._checkout = weakref.ref(checkout)
             self._driver = driver_of(connection)
-            self._settings = _local_settings(connection)
+            self._settings = _answer(self._driver.settings, connection)  # None if they can't be carried over
         self._refused = False
 
     def forget_transaction(self) -> None:

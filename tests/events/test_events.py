@@ -28,6 +28,7 @@ from pidpool import ForeignConnectionError, PidPool, tag_of
 from pidpool.events import logger as event_logger
 from pidpool.events.pool_events import PoolEvents
 from pidpool.forks import detection
+from pidpool.forks.gate import Fork
 from pidpool.stats.family import Family
 from pidpool.tools.demo.postgres import EmbeddedPostgres
 
@@ -314,9 +315,9 @@ def test_a_fork_is_before_all_that_the_child_does_also_if_the_child_is_ahead(
     monkeypatch.setattr(detection, "_has_dead_threads", True)  # so that it does not count as alone
     after_fork = detection._gate.after_fork_in_parent  # runs in the parent's hook, after the fork
 
-    def wait_for_the_child() -> None:
+    def wait_for_the_child(fork: Fork) -> None:
         assert os.read(reader, 6) == b"logged"
-        after_fork()
+        after_fork(fork)
 
     monkeypatch.setattr(detection._gate, "after_fork_in_parent", wait_for_the_child)
     logged = run_in_child(child)

@@ -13,6 +13,7 @@ import pytest
 from forking import run_in_child
 
 from pidpool.forks import detection, log_locks
+from pidpool.forks.gate import Fork
 
 
 def _holds_log_locks(monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -20,9 +21,9 @@ def _holds_log_locks(monkeypatch: pytest.MonkeyPatch) -> bool:
     held: list[None] = []
     hold = log_locks.hold
 
-    def note_and_hold() -> None:
+    def note_and_hold(fork: Fork) -> None:
         held.append(None)
-        hold()
+        hold(fork)
 
     with monkeypatch.context() as patch:
         patch.setattr(log_locks, "hold", note_and_hold)

@@ -4,14 +4,17 @@ uses, and its log does not stop there."""
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import logging
 import logging.handlers
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -211,10 +214,9 @@ def test_a_fork_waits_for_a_line_that_is_being_written() -> None:
     writing = threading.Thread(target=log.info, args=("a line",))
     writing.start()
     assert file.begun.wait(10)
-    forker = threading.get_ident()
 
     def finish_once_the_fork_waits() -> None:
-        until(lambda: forker in log_locks._held, "the fork does not wait for the locks")
+        until(lambda: log_locks._held, "the fork does not wait for the locks")
         file.go_on.set()
 
     finishing = threading.Thread(target=finish_once_the_fork_waits)
@@ -247,13 +249,12 @@ def test_a_fork_passes_a_thread_that_configures_logging(handlers: list[logging.H
     handler = logging.StreamHandler()
     handlers.append(handler)
     locked = threading.Event()
-    forker = threading.get_ident()
     module_lock: Any = logging._lock  # type: ignore[attr-defined]
 
     def configure() -> None:
         with module_lock:
             locked.set()
-            until(lambda: forker in log_locks._held, "the fork does not wait for the locks")
+            until(lambda: log_locks._held, "the fork does not wait for the locks")
             assert handler.lock is not None and handler.lock.acquire(timeout=10)
             handler.lock.release()
 
@@ -263,6 +264,36 @@ def test_a_fork_passes_a_thread_that_configures_logging(handlers: list[logging.H
     run_in_child(lambda: logging.getLogger("application").debug("a line"))
     configuring.join(10)
     assert not configuring.is_alive()
+
+
+def test_the_parent_has_its_locks_back_after_a_fork_in_the_middle_of_another_ones_hooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a signal handler."""
+    monkeypatch.setattr(log_locks, "LOG_LINE_WAIT", 0.1)
+    log = structlog.PrintLogger(io.StringIO())
+    forks: list[None] = []
+    main = threading.get_ident()
+
+    def signal_the_fork() -> None:
+        until(lambda: log_locks._held, "the fork does not wait for the locks")
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: forks.append(run_in_child(lambda: None)))
+    try:
+        with _held_by_another_thread(log._lock):
+            signalling = threading.Thread(target=signal_the_fork)
+            signalling.start()
+            run_in_child(lambda: None)
+            signalling.join(10)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert forks and not log_locks._held
+    free: list[bool] = []
+    looking = threading.Thread(target=lambda: free.append(log_locks.are_free(time.monotonic() + 10)))
+    looking.start()
+    looking.join(30)
+    assert free == [True]
 
 
 def test_the_parent_has_its_locks_back_after_forks_in_two_threads() -> None:

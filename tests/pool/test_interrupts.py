@@ -142,13 +142,44 @@ def test_an_interrupt_at_any_bytecode_leaves_the_capacity_whole(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("copies", ["1", "0"])
-@pytest.mark.parametrize("operation", ["child, first use", "child, first use, detached", "child, detach"])
+@pytest.mark.parametrize(
+    "operation",
+    ["child, first use", "child, first use, detached", "child, first use, in C", "child, detach"],
+)
 def test_an_interrupt_while_a_child_replaces_a_connection_leaves_the_capacity_whole(
     operation: str, copies: str
 ) -> None:
     """And the checkout can be used again."""
     form = ("--every",) if SOAK else ("--step", "17")
     found = harm("PidPool", "--only", operation, *form, copies=copies)[operation]
+    assert found["bytecodes"] > 100
+    assert not found["harmful"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("operation", ["fork", "child, forked"])
+def test_an_interrupt_in_an_at_fork_hook_keeps_no_lock(operation: str) -> None:
+    """CPython prints it, and the fork goes on."""
+    form = ("--every",) if SOAK else ("--step", "13")
+    found = harm("PidPool", "--only", operation, *form)[operation]
+    assert found["bytecodes"] > 100
+    assert not found["harmful"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "functions"),
+    [
+        ("fork", ("hold", "_after_fork_in_parent", "release", "after_fork_in_parent")),
+        ("child, forked", ("_after_fork_in_child", "renew", "release")),
+        ("child, first use, in C", ("notice_fork", "renew", "_becomes_free")),
+    ],
+)
+def test_an_interrupt_of_a_fork_keeps_no_lock_and_garbage_is_collected(
+    operation: str, functions: tuple[str, ...]
+) -> None:
+    """At each bytecode of the functions that take and release the locks of log writers, or that have no
+    garbage collected meanwhile."""
+    found = harm("PidPool", "--only", operation, "--within", *functions)[operation]
     assert found["bytecodes"] > 100
     assert not found["harmful"]
 

@@ -154,7 +154,7 @@ def test_a_fork_waits_for_the_first_connect_of_another_thread(
         assert not forked.is_set()
 
     def let_go(number: int) -> None:
-        until(lambda: detection._gate._forking, "the fork does not wait at the gate")
+        until(lambda: detection._gate.forking, "the fork does not wait at the gate")
         creator.go_on.set()
 
     with threads(1, connect):
@@ -277,13 +277,14 @@ def test_a_connect_waits_until_a_fork_is_over(tls_url: str, make_engine: MakeEng
         use(engine)
         connected.set()
 
-    detection._gate.before_fork()  # as os.fork() does in this thread
+    fork = threading.get_ident(), 0
+    detection._gate.before_fork(fork)  # as os.fork() does in this thread
     with threads(1, connect):
         try:
             assert waiting.wait(BOUND)
             assert not connected.wait(0.3)
         finally:
-            detection._gate.after_fork_in_parent()
+            detection._gate.after_fork_in_parent(fork)
     assert connected.is_set()
 
 

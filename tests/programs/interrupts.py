@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import gc
 import itertools
 import json
@@ -24,19 +25,22 @@ import pickle
 import sqlite3
 import sys
 import threading
+import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import CodeType, FrameType
 from typing import Any, ClassVar
 
+import structlog
 from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.util import greenlet_spawn
 
-from pidpool import AsyncPidPool, PidPool
+from pidpool import AsyncPidPool, ForeignConnectionError, PidPool
+from pidpool.forks import log_locks
 
 SIZE, OVERFLOW = 2, 1
 CAPACITY = SIZE + OVERFLOW
@@ -94,13 +98,19 @@ class InMemory(Connection, sqlite3.Connection):
 
 
 class Interrupter:
-    """Raises an exception at the n-th bytecode executed after `start`; counts them if `at` is None."""
+    """Raises an exception at the n-th bytecode executed after `start`; counts them if `at` is None.
 
-    def __init__(self, at: int | None, error: type[BaseException]) -> None:
+    :param within: the names of the functions whose bytecodes count; None for all.
+    """
+
+    def __init__(
+        self, at: int | None, error: type[BaseException], within: Collection[str] | None = None
+    ) -> None:
         self.executed = 0
         self.where: str | None = None
         self._at = at
         self._error = error
+        self._within = within
 
     def start(self) -> None:
         sys.settrace(self._trace)
@@ -109,7 +119,9 @@ class Interrupter:
         sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if not _is_traced(frame.f_code):
+        if not _is_traced(frame.f_code) or (self._within and frame.f_code.co_name not in self._within):
+            return None
+        if frame.f_code.co_filename == threading.__file__ and _is_in_threadings_hook(frame):
             return None
         frame.f_trace = self._trace_bytecode  # Python 3.13 and later look at it in the next line
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
@@ -139,6 +151,13 @@ def forget_what_tracing_noted(error: BaseException | None) -> None:
 _TRACED = (f"{os.sep}pidpool{os.sep}", f"{os.sep}sqlalchemy{os.sep}")
 _TRACED_MODULES = {module.__file__ for module in (threading, weakref, contextlib)}
 """The parts of the standard library that pools are made of. Not logging, which has locks of its own."""
+
+
+def _is_in_threadings_hook(frame: FrameType | None) -> bool:
+    """Return whether this is CPython's own work in a forked child. An interrupt there is not pidpool's."""
+    while frame is not None and frame.f_code is not threading._after_fork.__code__:  # type: ignore[attr-defined]
+        frame = frame.f_back
+    return frame is not None
 
 
 _BRIDGE = greenlet_spawn.__code__.co_filename
@@ -304,17 +323,44 @@ TASK_OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
 }
 
 
-def inherit(trial: Trial, *, detached: bool = False) -> None:
+def inherit(trial: Trial, *, detached: bool = False, how: Callable[[], int] = os.fork) -> None:
     """Go on in a child, which has inherited a checkout, and end the parent after it."""
     trial.fill(idle=0, held=1)
     if detached:
         trial.held[0].detach()
-    pid = os.fork()
+    go_on_in_a_child(trial, how)
+    trial.elsewhere = int(not detached)
+
+
+def go_on_in_a_child(trial: Trial, how: Callable[[], int] = os.fork) -> None:
+    pid = how()
     if pid:
         os.waitpid(pid, 0)
         os._exit(0)
     Connection.alive = weakref.WeakSet()  # those that this process opens
-    trial.uses_again, trial.elsewhere = True, int(not detached)
+    trial.uses_again = True
+
+
+def start_a_thread() -> None:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+
+def fork(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=1)
+    start_a_thread()
+    yield
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def be_forked(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=1)
+    start_a_thread()
+    yield
+    go_on_in_a_child(trial)
+    trial.elsewhere = 1
 
 
 def first_use(trial: Trial) -> Iterator[None]:
@@ -335,10 +381,19 @@ def detach_an_inherited_one(trial: Trial) -> Iterator[None]:
     trial.held[0].detach()
 
 
+def first_use_after_a_fork_in_c(trial: Trial) -> Iterator[None]:
+    inherit(trial, how=ctypes.PyDLL(None).fork)
+    yield
+    trial.held[0].cursor()
+
+
 CHILD_OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
+    "fork": fork,
+    "child, forked": be_forked,
     "child, first use": first_use,
     "child, first use, detached": first_use_of_a_detached_one,
     "child, detach": detach_an_inherited_one,
+    "child, first use, in C": first_use_after_a_fork_in_c,
 }
 
 ALL_OPERATIONS = {**OPERATIONS, **TASK_OPERATIONS, **CHILD_OPERATIONS}
@@ -359,6 +414,10 @@ class Checkouts(threading.Thread):
 
     def run(self) -> None:
         checkouts: list[Any] = []
+        if not log_locks.are_free(time.monotonic() + 1):
+            self.found.append("a log writer's lock is kept")
+        if not gc.isenabled():
+            self.found.append("no garbage is collected")
         try:
             checkouts.extend(self.pool.connect() for _ in range(CAPACITY))
         except Exception as error:
@@ -412,7 +471,12 @@ class Checkouts(threading.Thread):
 
 
 def interrupt(
-    make: Callable[..., Any], operation: str, at: int | None, error: type[BaseException], keeps: bool
+    make: Callable[..., Any],
+    operation: str,
+    within: Collection[str] | None,
+    at: int | None,
+    error: type[BaseException],
+    keeps: bool,
 ) -> tuple[Interrupter, list[str]]:
     """Run an operation with an interrupt at one bytecode; return what was found to be wrong afterwards.
 
@@ -424,7 +488,7 @@ def interrupt(
     next(steps)
     if operation.endswith("times out"):
         trial.pool._timeout = SHORT_TIMEOUT
-    interrupter = Interrupter(at, error)
+    interrupter = Interrupter(at, error, within)
     kept: list[Any] = []
     ignored: list[Any] = []
     sys.unraisablehook = lambda unraisable: ignored.append(
@@ -449,16 +513,21 @@ def interrupt(
     steps.close()
     if at is None:
         return interrupter, []
+    refused: list[str] = []
     for each in trial.held:
         if each.is_valid:
             if trial.uses_again:
-                each.cursor()
+                try:
+                    each.cursor()
+                except ForeignConnectionError as foreign:
+                    refused.append(f"the checkout is refused: {foreign}")
             each.close()
     trial.held.clear()
     each = None
     if operation in CHILD_OPERATIONS:
         gc.collect()  # one of sqlite3's refers to itself
     checkouts = Checkouts(trial.pool, trial.elsewhere)
+    checkouts.found += refused
     checkouts.start()
     checkouts.join(PATIENCE[type(trial.pool)])
     if checkouts.is_alive():
@@ -489,22 +558,29 @@ def interrupt_in_a_child(*arguments: Any) -> tuple[Interrupter, list[str]]:
 
 
 def harm(
-    make: Callable[..., Any], operation: str, *, every_variant: bool, step: int = 1, most: int | None = None
+    make: Callable[..., Any],
+    operation: str,
+    *,
+    within: Collection[str] | None = None,
+    every_variant: bool,
+    step: int = 1,
+    most: int | None = None,
 ) -> tuple[int, dict[int, list[str]]]:
     """Interrupt an operation at each bytecode; return their number, and what each harmful one did.
 
+    :param within: the names of the functions in which to do it; None for all.
     :param every_variant: whether to do it with each of the variants, not with one after the other.
     :param step: 1 for each bytecode, 2 for each second one.
     :param most: the number of harmful bytecodes that are enough.
     """
     run = interrupt_in_a_child if operation in CHILD_OPERATIONS else interrupt
     for _ in range(2):  # the first time something is imported, or made once
-        executed = run(make, operation, None, Interrupt, False)[0].executed
+        executed = run(make, operation, within, None, Interrupt, False)[0].executed
     found: dict[int, list[str]] = {}
     for turn, at in enumerate(itertools.count(1, step)):
         is_over = False
         for error, keeps in VARIANTS if every_variant else VARIANTS[turn % len(VARIANTS) :][:1]:
-            interrupter, wrong = run(make, operation, at, error, keeps)
+            interrupter, wrong = run(make, operation, within, at, error, keeps)
             is_over = interrupter.where is None
             if wrong and not is_over:
                 kept = "kept" if keeps else "dropped"
@@ -534,12 +610,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pool", nargs="?", choices=POOLS)
     parser.add_argument("--only", choices=ALL_OPERATIONS, nargs="*", help="operations")
+    parser.add_argument("--within", nargs="*", metavar="FUNCTION", help="only in functions of these names")
     parser.add_argument("--every", action="store_true", help="each error, kept and dropped, at each bytecode")
     parser.add_argument("--step", type=int, default=1, help="1 for each bytecode, 2 for each second one")
     parser.add_argument("--most", type=int, help="so many harmful bytecodes of an operation are enough")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
+    structlog.PrintLogger()  # its lock can't be asked who has it
     pools = [arguments.pool] if arguments.pool else ["QueuePool", "PidPool"]
     operations = arguments.only or list(TASK_OPERATIONS if pools == ["AsyncPidPool"] else OPERATIONS)
     table: dict[str, dict[str, Any]] = {name: {} for name in pools}
@@ -550,6 +628,7 @@ def main() -> None:
             executed, found = harm(
                 POOLS[name],
                 operation,
+                within=arguments.within,
                 every_variant=arguments.every,
                 step=arguments.step,
                 most=arguments.most,
