@@ -347,7 +347,7 @@ class HookedQueuePool(QueuePool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         entry: Any = record  # not cast(): these lines run with every checkin
         if entry.watched is not None and not entry.inherited:
-            entry.watched.log_return()
+            entry.watched.log_return(entry)
             entry.watched = None
         now = time.perf_counter_ns()
         used = now - entry.out_since

@@ -522,10 +522,24 @@ def family_limited(*arguments: Any, **options: Any) -> PidPool:
     return PidPool(*arguments, family_limit=CAPACITY, **options)
 
 
+class Logger:
+    """Takes the events of every level, and keeps none."""
+
+    def debug(self, event: str, **fields: Any) -> None: ...
+
+    info = warning = error = debug
+
+
+def watched(*arguments: Any, **options: Any) -> PidPool:
+    """A pool that has more to do at a checkin: it logs events, and warns of long checkouts."""
+    return PidPool(*arguments, hold_warning=100.0, logger=Logger(), **options)
+
+
 POOLS: dict[str, Callable[..., Any]] = {
     "QueuePool": QueuePool,
     "PidPool": PidPool,
     "family_limit": family_limited,
+    "watched": watched,
     "AsyncPidPool": AsyncPidPool,
 }
 
@@ -539,6 +553,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="so many harmful bytecodes of an operation are enough")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    logging.raiseExceptions = False  # pidpool tells of an event that an interrupt kept from being logged
     warnings.simplefilter("ignore")
     pools = [arguments.pool] if arguments.pool else ["QueuePool", "PidPool"]
     operations = arguments.only or list(TASK_OPERATIONS if pools == ["AsyncPidPool"] else OPERATIONS)
