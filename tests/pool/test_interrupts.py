@@ -109,7 +109,7 @@ def test_a_connection_whose_close_is_interrupted_counts_as_closed() -> None:
 PROGRAM = Path(__file__).parent.parent / "programs" / "interrupts.py"
 OPERATIONS = [
     *("checkout, idle", "checkout, opens", "checkout, recycles", "checkout, dead", "checkout, times out"),
-    *("checkin", "checkin, overflow", "drop", "drop, disposed"),
+    *("checkin", "checkin, overflow", "checkin, dead", "checkin, after dead", "drop", "drop, disposed"),
     *("invalidate", "invalidate, detached", "detach", "dispose"),
 ]
 

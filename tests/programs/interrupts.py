@@ -230,6 +230,26 @@ def checkin_of_an_overflowing_one(trial: Trial) -> Iterator[None]:
     trial.held[0].close()
 
 
+def be_dead() -> None:
+    raise sqlite3.OperationalError("the server is gone")
+
+
+def checkin_of_a_dead_one(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=2)
+    trial.held[0].dbapi_connection.rollback = be_dead
+    yield
+    trial.held[0].close()
+
+
+def checkin_after_a_dead_one(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=2)
+    trial.held[0].dbapi_connection.rollback = be_dead
+    trial.held.pop(0).close()
+    trial.held.append(trial.pool.connect())  # the same entry
+    yield
+    trial.held[1].close()
+
+
 def drop(trial: Trial) -> Iterator[None]:
     trial.fill(idle=0, held=2)
     yield
@@ -269,6 +289,8 @@ OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
     "checkout, times out": checkout_that_times_out,
     "checkin": checkin,
     "checkin, overflow": checkin_of_an_overflowing_one,
+    "checkin, dead": checkin_of_a_dead_one,
+    "checkin, after dead": checkin_after_a_dead_one,
     "drop": drop,
     "invalidate": invalidate,
     "invalidate, detached": invalidate_a_detached_one,
