@@ -163,11 +163,12 @@ def test_an_interrupt_while_a_child_replaces_a_connection_leaves_the_capacity_wh
 
 @pytest.mark.soak
 @pytest.mark.parametrize("copies", ["1", "0"])
-def test_an_interrupt_leaves_the_capacity_of_a_pool_that_logs_whole(copies: str) -> None:
-    """What is to be logged of a checkout keeps no entry that an interrupt has lost."""
-    operations = ("checkin", "drop", "invalidate", "detach")
+@pytest.mark.parametrize("pool", ["watched", "echoing"])
+def test_an_interrupt_leaves_the_capacity_of_a_pool_that_logs_whole(pool: str, copies: str) -> None:
+    """What is logged, or is to be logged later, keeps neither an entry nor a connection."""
+    operations = ("checkout, idle", "checkout, opens", "checkin", "drop", "invalidate", "detach")
     form = ("--every",) if SOAK else ("--step", "13")
-    found = harm("watched", "--only", *operations, *form, copies=copies)
+    found = harm(pool, "--only", *operations, *form, copies=copies)
     assert not {name: each["harmful"] for name, each in found.items() if each["harmful"]}
 
 

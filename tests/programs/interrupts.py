@@ -571,11 +571,21 @@ def watched(*arguments: Any, **options: Any) -> PidPool:
     return PidPool(*arguments, hold_warning=100.0, logger=Logger(), **options)
 
 
+def echoing(*arguments: Any, **options: Any) -> PidPool:
+    """A pool that logs each connection as SQLAlchemy does, to a logger that keeps nothing."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger("pidpool").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("sqlalchemy.pool.impl.PidPool")
+    logger.handlers, logger.propagate = [logging.NullHandler()], False
+    return PidPool(*arguments, echo="debug", **options)
+
+
 POOLS: dict[str, Callable[..., Any]] = {
     "QueuePool": QueuePool,
     "PidPool": PidPool,
     "family_limit": family_limited,
     "watched": watched,
+    "echoing": echoing,
     "AsyncPidPool": AsyncPidPool,
 }
 
