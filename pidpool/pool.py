@@ -214,12 +214,12 @@ class PidPool(ClosingQueuePool):
         """Log a checkout, and keep what is to be logged of its end."""
         tag = entry.pidpool_tag
         is_logged = is_logged and tag is not None
-        watched = entry.watched = WatchedCheckout(entry, now, is_logged=is_logged)
+        watched = entry.watched = WatchedCheckout(now, is_logged=is_logged)
         if is_logged and tag is not None:
             self.pool_events.connection_checked_out(tag, waited)
         if self.hold_warning is not None:
             watched.watch_duration(self.hold_warning, calling_line(), copy_context())
-            overdue.watch(watched.due_at, _watched_checkouts)
+            overdue.watch(watched.due_at, _watched_entries)
 
     def dispose(self) -> None:
         """Close the idle connections that this process owns, as `QueuePool.dispose`."""
@@ -412,13 +412,10 @@ def _log_takeover(events: PoolEvents, takeover: Takeover, level: int) -> None:
         events.connection_inherited(fork.at, tag, state, action, where, forked_at)
 
 
-def _watched_checkouts() -> Iterator[WatchedCheckout]:
+def _watched_entries() -> Iterator[PidPoolEntry]:
     for pool in takeover.pools():
         if pool.hold_warning is not None:
-            for entry in pool.records():
-                watched = entry.watched
-                if watched is not None:
-                    yield watched
+            yield from pool.records()
 
 
 detection.register_child_callback(lambda fork: overdue.forget_thread())

@@ -272,9 +272,13 @@ class CheckedOutConnection(_ConnectionFairy):
 
     def _reset(self, *args: Any, **kwargs: Any) -> None:
         error, self.reset_error = self.reset_error, None
-        if error is not None:
+        if error is None:
+            super()._reset(*args, **kwargs)
+            return
+        try:
             raise error  # what follows is SQLAlchemy's to do
-        super()._reset(*args, **kwargs)
+        finally:
+            del error  # a cycle with this frame would keep the checkout's frames, and what they have
 
     def let_go(self) -> None:
         """End the checkout of a connection that is not this process's, without touching it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 
@@ -47,21 +48,11 @@ class EntryList:
         entry.members = None
         self.references.pop(id(entry), None)
 
-    def lost(self) -> list[Member]:
-        """Return the entries whose checkouts have ended without them, which are in no list from then on.
-
-        Those that are alive no more are forgotten, too.
-        """
-        found = []
+    def forget_collected(self) -> None:
+        """Forget the entries that are alive no more."""
         for key, reference in list(self.references.items()):
-            entry = reference()
-            if entry is None:
-                if self.references.get(key) is reference:
-                    self.references.pop(key, None)
-            elif _is_lost(entry) and self.references.pop(key, None) is not None:  # for one thread only
-                entry.members = None
-                found.append(entry)
-        return found
+            if reference() is None and self.references.get(key) is reference:
+                self.references.pop(key, None)
 
     def __len__(self) -> int:
         """Return how many there are, perhaps with some that are lost. Looks at no entry."""
@@ -70,6 +61,19 @@ class EntryList:
     def __contains__(self, entry: object) -> bool:
         reference = self.references.get(id(entry))
         return reference is not None and reference() is entry
+
+
+def take_lost(entries: Iterable[Member]) -> list[Member]:
+    """Return the entries whose checkouts have ended without them, which are in no list from then on."""
+    found = []
+    for entry in entries:
+        members = entry.members
+        if members is None or not _is_lost(entry):
+            continue
+        if members.references.pop(id(entry), None) is not None:  # for one thread only
+            entry.members = None
+            found.append(entry)
+    return found
 
 
 def _is_lost(entry: Member) -> bool:

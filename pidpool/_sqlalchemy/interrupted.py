@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-_MODULES = ("pidpool.", "sqlalchemy.pool", "sqlalchemy.event", "sqlalchemy.util", "weakref", "contextlib")
+_MODULES = (
+    *("pidpool.", "sqlalchemy.pool.", "sqlalchemy.event.", "sqlalchemy.util.", "weakref.", "contextlib."),
+    *("sqlalchemy.log.", "logging."),  # with ``echo="debug"`` lines name the connection
+)
 
 
 def let_go_of_frames(error: BaseException) -> None:
@@ -16,7 +19,7 @@ def let_go_of_frames(error: BaseException) -> None:
         seen.add(id(now))
         traceback = now.__traceback__
         while traceback is not None:
-            if str(traceback.tb_frame.f_globals.get("__name__")).startswith(_MODULES):
+            if f"{traceback.tb_frame.f_globals.get('__name__')}.".startswith(_MODULES):
                 try:
                     traceback.tb_frame.clear()
                 except RuntimeError:

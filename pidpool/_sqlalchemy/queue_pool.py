@@ -13,7 +13,7 @@ from sqlalchemy.util import queue as sqlalchemy_queue
 
 from pidpool._sqlalchemy.checked_out import CheckedOutConnection
 from pidpool._sqlalchemy.entry import ForkedWhileOpening, JitteredEntry, PidPoolEntry
-from pidpool._sqlalchemy.entry_list import EntryList
+from pidpool._sqlalchemy.entry_list import EntryList, take_lost
 from pidpool._sqlalchemy.first_connect import renew_first_connect
 from pidpool._sqlalchemy.idle_queue import IdleQueue
 from pidpool._sqlalchemy.wait import Wait
@@ -241,7 +241,7 @@ class HookedQueuePool(QueuePool):
             idle: Any = self._pool  # another one if this is a child, forked in the lines below
             while self._has_room():
                 budget = self.pool_events.budget
-                permit = wait.take_permit(budget)
+                permit = wait.take_permit(budget, self.make_good)
                 if permit is None and budget is not None:
                     break
                 entry = self._open_entry(permit)
@@ -267,8 +267,11 @@ class HookedQueuePool(QueuePool):
         return len(self.members) < limit
 
     def make_good(self) -> None:
-        """Close what interrupted operations have lost, so that its place is free."""
-        for entry in self.members.lost():
+        """Close what interrupted operations have lost, so that its place is free, and its permit."""
+        self.members.forget_collected()
+        # Those too that were checked out of this pool or a predecessor when it was disposed of.
+        entries: Any = self.pool_events.counters.entries()
+        for entry in take_lost(entries):
             cast(PidPoolEntry, entry).end(None)
         if self.pool_events.budget is not None:
             self.pool_events.budget.settle()
@@ -292,7 +295,7 @@ class HookedQueuePool(QueuePool):
         wait = Wait(self.pool_events, self._timeout)
         while True:
             budget = self.pool_events.budget
-            permit = wait.take_permit(budget)
+            permit = wait.take_permit(budget, self.make_good)
             if permit is not None or budget is None:
                 return permit
             left = wait.left()
@@ -349,7 +352,7 @@ class HookedQueuePool(QueuePool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         entry: Any = record  # not cast(): these lines run with every checkin
         if entry.watched is not None and not entry.inherited:
-            entry.watched.log_return()
+            entry.watched.log_return(entry)
             entry.watched = None
         now = time.perf_counter_ns()
         used = now - entry.out_since

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from pidpool.events.pool_events import PoolEvents
 from pidpool.stats.budget import Budget, Permit
@@ -35,13 +36,16 @@ class Wait:
             self._events.counters.waiting.add(self)
         return self._deadline - time.monotonic()
 
-    def take_permit(self, budget: Budget | None) -> Permit | None:
-        """Take a permit if there is one; otherwise have other processes know that one is wanted."""
+    def take_permit(self, budget: Budget | None, make_good: Callable[[], None]) -> Permit | None:
+        """Take a permit if there is one; otherwise have other processes know that one is wanted.
+
+        :param make_good: gives back those that interrupted operations have lost.
+        """
         if budget is None:
             return None
         permit = budget.take()
         if permit is None and self._wanting is None:
-            budget.settle()  # a permit may have been given back by a finalizer that was interrupted
+            make_good()
             permit = budget.take()
         if permit is None:
             if self._wanting is not budget:  # a child, forked meanwhile, has a budget of its own

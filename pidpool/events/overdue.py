@@ -12,7 +12,7 @@ import queue
 import time
 from collections.abc import Callable, Iterable
 
-from pidpool.events.watched_checkout import WatchedCheckout
+from pidpool.events.watched_checkout import WatchedEntry
 from pidpool.stats import daemon_thread
 
 _to_start = [True]  # popped by the thread that starts the watching one; a lock could be inherited locked
@@ -20,13 +20,13 @@ _next_look = math.inf  # time.perf_counter()
 _wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # its put() may be interrupted by a finalizer's
 
 
-def watch(due_at: float, watched: Callable[[], Iterable[WatchedCheckout]]) -> None:
+def watch(due_at: float, entries: Callable[[], Iterable[WatchedEntry]]) -> None:
     """Have the checkouts looked at when a new one is due (`time.perf_counter()`).
 
-    :param watched: returns all watched checkouts of this process; the first caller's is used.
+    :param entries: returns all entries of this process that may be watched; the first caller's is used.
     """
     if _to_start:
-        _start(watched)
+        _start(entries)
     # One wake is enough: the thread takes it before it looks.
     if due_at < _next_look and _wake.empty():
         _wake.put(None)
@@ -42,39 +42,41 @@ def forget_thread() -> None:
     _wake = queue.SimpleQueue()
 
 
-def _start(watched: Callable[[], Iterable[WatchedCheckout]]) -> None:
+def _start(entries: Callable[[], Iterable[WatchedEntry]]) -> None:
     try:
         _to_start.pop()
     except IndexError:
         return  # another thread was first
     try:
-        daemon_thread.start("pidpool-overdue", _run, _wake, watched)
+        daemon_thread.start("pidpool-overdue", _run, _wake, entries)
     except RuntimeError:  # no more threads to be had, or the interpreter is ending
         _to_start.append(True)
 
 
-def _run(wake: queue.SimpleQueue[None], watched: Callable[[], Iterable[WatchedCheckout]]) -> None:
+def _run(wake: queue.SimpleQueue[None], entries: Callable[[], Iterable[WatchedEntry]]) -> None:
     global _next_look
     while True:
         # First: a checkout that is made after the look below must find that it has to wake this thread.
         _next_look = math.inf
-        earliest = _next_look = _look(watched)
+        earliest = _next_look = _look(entries)
         try:
             wake.get(timeout=None if earliest == math.inf else max(0.0, earliest - time.perf_counter()))
         except queue.Empty:
             pass
 
 
-def _look(watched: Callable[[], Iterable[WatchedCheckout]]) -> float:
+def _look(entries: Callable[[], Iterable[WatchedEntry]]) -> float:
     """Log each checkout that is overdue; return when the next one is due.
 
     A function of its own, so that the sleeping thread's frame keeps no pool alive.
     """
     now, earliest = time.perf_counter(), math.inf
-    for checkout in watched():
-        due_at = checkout.due_at
-        if due_at <= now:
-            checkout.log_overdue(now)
+    for entry in entries():
+        checkout = entry.watched
+        if checkout is None:
+            continue
+        if checkout.due_at <= now:
+            checkout.log_overdue(entry, now)
         else:
-            earliest = min(earliest, due_at)
+            earliest = min(earliest, checkout.due_at)
     return earliest

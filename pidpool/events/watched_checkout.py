@@ -18,6 +18,7 @@ class WatchedEntry(Protocol):
     """The pool's entry that is checked out, as far as its events need it."""
 
     pool_events: PoolEvents
+    watched: WatchedCheckout | None
 
     @property
     def pidpool_tag(self) -> ConnectionTag | None: ...
@@ -26,15 +27,15 @@ class WatchedEntry(Protocol):
 class WatchedCheckout:
     """One checkout, kept by its pool entry until the connection comes back.
 
-    :param entry: the entry.
+    It does not refer to the entry: an entry in a cycle, if an interrupt loses it, counts until a collection.
+
     :param since: `time.perf_counter()` when the connection was handed out.
     :param is_logged: whether the checkout was logged, so that its end is logged too.
     """
 
-    __slots__ = ("entry", "since", "is_logged", "hold_warning", "due_at", "code_line", "_overdue_contexts")
+    __slots__ = ("since", "is_logged", "hold_warning", "due_at", "code_line", "_overdue_contexts")
 
-    def __init__(self, entry: WatchedEntry, since: float, *, is_logged: bool) -> None:
-        self.entry = entry
+    def __init__(self, since: float, *, is_logged: bool) -> None:
         self.since = since
         self.is_logged = is_logged
         self.hold_warning: float | None = None
@@ -54,18 +55,18 @@ class WatchedCheckout:
         self.code_line = code_line
         self._overdue_contexts = [context]
 
-    def log_overdue(self, now: float) -> None:
+    def log_overdue(self, entry: WatchedEntry, now: float) -> None:
         """Log that the checkout has lasted for `hold_warning` seconds, unless that was done."""
         context = self._claim()
         if context is not None:
-            self._log_overdue(context, now - self.since)
+            self._log_overdue(entry, context, now - self.since)
 
-    def log_return(self) -> None:
+    def log_return(self, entry: WatchedEntry) -> None:
         """Log that the checkout is over.
 
         Called before the connection is idle again: the events of its next checkout come afterwards.
         """
-        events, tag = self.entry.pool_events, self.entry.pidpool_tag
+        events, tag = entry.pool_events, entry.pidpool_tag
         context = self._claim()
         # Read after the claim: if the watching thread was first, this has lasted for `hold_warning` seconds.
         use_time = time.perf_counter() - self.since
@@ -73,7 +74,7 @@ class WatchedCheckout:
             events.connection_checked_in(tag, use_time)
         if self.hold_warning is not None and use_time >= self.hold_warning:
             if context is not None:  # the watching thread has not come round to it
-                self._log_overdue(context, use_time)
+                self._log_overdue(entry, context, use_time)
             events.checkout_returned_late(tag, use_time, self.hold_warning, self.where)
 
     @property
@@ -87,7 +88,7 @@ class WatchedCheckout:
         except IndexError:
             return None
 
-    def _log_overdue(self, context: Context, held: float) -> None:
+    def _log_overdue(self, entry: WatchedEntry, context: Context, held: float) -> None:
         assert self.hold_warning is not None
-        log = self.entry.pool_events.checkout_overdue
-        context.run(log, self.entry.pidpool_tag, held, self.hold_warning, self.where)
+        log = entry.pool_events.checkout_overdue
+        context.run(log, entry.pidpool_tag, held, self.hold_warning, self.where)

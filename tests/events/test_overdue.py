@@ -98,13 +98,16 @@ def test_of_two_threads_that_would_log_it_one_does(
     engine = make_engine(tls_url, logger=events.logger, hold_warning=60)
     for _ in range(50):
         connection = engine.connect()
-        checkout = connection.connection._connection_record.watched  # type: ignore[attr-defined]
+        entry: Any = connection.connection._connection_record
+        checkout = entry.watched
         checkout.since -= 61
         barrier = threading.Barrier(2)
 
-        def log_it(checkout: Any = checkout, barrier: threading.Barrier = barrier) -> None:
+        def log_it(
+            checkout: Any = checkout, entry: Any = entry, barrier: threading.Barrier = barrier
+        ) -> None:
             barrier.wait(10)
-            checkout.log_overdue(time.perf_counter())
+            checkout.log_overdue(entry, time.perf_counter())
 
         logging_thread = threading.Thread(target=log_it)
         logging_thread.start()

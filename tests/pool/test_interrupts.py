@@ -109,7 +109,8 @@ def test_a_connection_whose_close_is_interrupted_counts_as_closed() -> None:
 PROGRAM = Path(__file__).parent.parent / "programs" / "interrupts.py"
 OPERATIONS = [
     *("checkout, idle", "checkout, opens", "checkout, recycles", "checkout, dead", "checkout, times out"),
-    *("checkin", "checkin, overflow", "drop", "invalidate", "invalidate, detached", "detach", "dispose"),
+    *("checkin", "checkin, overflow", "checkin, dead", "checkin, after dead", "drop", "drop, disposed"),
+    *("invalidate", "invalidate, detached", "detach", "dispose"),
 ]
 
 
@@ -136,6 +137,13 @@ def test_an_interrupt_at_any_bytecode_leaves_the_capacity_whole(
     step = {"checkout, times out": 53, "dispose": 79}.get(operation, 13)
     form = ("--every",) if SOAK else ("--step", str(step))
     found = harm(pool, "--only", operation, *form, copies=copies)[operation]
+    assert found["bytecodes"] > 100
+    assert not found["harmful"]
+
+
+def test_an_interrupt_of_a_drop_leaves_no_permit_taken() -> None:
+    """Also if there is room for the next checkout, so that it waits for the permit alone."""
+    found = harm("family_limit", "--only", "drop, disposed", "--step", "13")["drop, disposed"]
     assert found["bytecodes"] > 100
     assert not found["harmful"]
 
@@ -182,6 +190,17 @@ def test_an_interrupt_of_a_fork_keeps_no_lock_and_garbage_is_collected(
     found = harm("PidPool", "--only", operation, "--within", *functions)[operation]
     assert found["bytecodes"] > 100
     assert not found["harmful"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("copies", ["1", "0"])
+@pytest.mark.parametrize("pool", ["watched", "echoing"])
+def test_an_interrupt_leaves_the_capacity_of_a_pool_that_logs_whole(pool: str, copies: str) -> None:
+    """What is logged, or is to be logged later, keeps neither an entry nor a connection."""
+    operations = ("checkout, idle", "checkout, opens", "checkin", "drop", "invalidate", "detach")
+    form = ("--every",) if SOAK else ("--step", "13")
+    found = harm(pool, "--only", *operations, *form, copies=copies)
+    assert not {name: each["harmful"] for name, each in found.items() if each["harmful"]}
 
 
 @pytest.mark.soak

@@ -249,6 +249,26 @@ def checkin_of_an_overflowing_one(trial: Trial) -> Iterator[None]:
     trial.held[0].close()
 
 
+def be_dead() -> None:
+    raise sqlite3.OperationalError("the server is gone")
+
+
+def checkin_of_a_dead_one(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=2)
+    trial.held[0].dbapi_connection.rollback = be_dead
+    yield
+    trial.held[0].close()
+
+
+def checkin_after_a_dead_one(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=2)
+    trial.held[0].dbapi_connection.rollback = be_dead
+    trial.held.pop(0).close()
+    trial.held.append(trial.pool.connect())  # the same entry
+    yield
+    trial.held[1].close()
+
+
 def drop(trial: Trial) -> Iterator[None]:
     trial.fill(idle=0, held=2)
     yield
@@ -288,11 +308,26 @@ OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
     "checkout, times out": checkout_that_times_out,
     "checkin": checkin,
     "checkin, overflow": checkin_of_an_overflowing_one,
+    "checkin, dead": checkin_of_a_dead_one,
+    "checkin, after dead": checkin_after_a_dead_one,
     "drop": drop,
     "invalidate": invalidate,
     "invalidate, detached": invalidate_a_detached_one,
     "detach": detach,
     "dispose": dispose,
+}
+
+
+def drop_from_a_disposed_pool(trial: Trial) -> Iterator[None]:
+    trial.fill(idle=0, held=2)
+    trial.pool.dispose()
+    yield
+    del trial.held[0]
+
+
+# A QueuePool counts wrong what comes back after it was disposed of, also without an interrupt.
+DISPOSED_OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
+    "drop, disposed": drop_from_a_disposed_pool,
 }
 
 
@@ -396,7 +431,7 @@ CHILD_OPERATIONS: dict[str, Callable[[Trial], Iterator[None]]] = {
     "child, first use, in C": first_use_after_a_fork_in_c,
 }
 
-ALL_OPERATIONS = {**OPERATIONS, **TASK_OPERATIONS, **CHILD_OPERATIONS}
+ALL_OPERATIONS = {**OPERATIONS, **DISPOSED_OPERATIONS, **TASK_OPERATIONS, **CHILD_OPERATIONS}
 
 
 # -- what must be so afterwards
@@ -428,8 +463,6 @@ class Checkouts(threading.Thread):
             self.found.append("one connection for two")
         if any(each.dbapi_connection.is_closed for each in checkouts):
             self.found.append("a closed connection")
-        if Connection.open() > CAPACITY:
-            self.found.append(f"{Connection.open()} connections open at a capacity of {CAPACITY}")
         if self.pool.checkedout() != len(checkouts):
             self.found.append(f"checkedout() {self.pool.checkedout()} of {len(checkouts)}")
         if self.pool.overflow() != len(checkouts) - SIZE:
@@ -441,6 +474,9 @@ class Checkouts(threading.Thread):
                 self.found.append("more than the capacity")
             except Exception as error:
                 error.__traceback__ = None
+        # Now that a checkout had to wait.
+        if Connection.open() > CAPACITY:
+            self.found.append(f"{Connection.open()} connections open at a capacity of {CAPACITY}")
         for each in checkouts:
             each.close()
         del checkouts
@@ -598,10 +634,34 @@ def family_limited(*arguments: Any, **options: Any) -> PidPool:
     return PidPool(*arguments, family_limit=CAPACITY, **options)
 
 
+class Logger:
+    """Takes the events of every level, and keeps none."""
+
+    def debug(self, event: str, **fields: Any) -> None: ...
+
+    info = warning = error = debug
+
+
+def watched(*arguments: Any, **options: Any) -> PidPool:
+    """A pool that has more to do at a checkin: it logs events, and warns of long checkouts."""
+    return PidPool(*arguments, hold_warning=100.0, logger=Logger(), **options)
+
+
+def echoing(*arguments: Any, **options: Any) -> PidPool:
+    """A pool that logs each connection as SQLAlchemy does, to a logger that keeps nothing."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger("pidpool").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("sqlalchemy.pool.impl.PidPool")
+    logger.handlers, logger.propagate = [logging.NullHandler()], False
+    return PidPool(*arguments, echo="debug", **options)
+
+
 POOLS: dict[str, Callable[..., Any]] = {
     "QueuePool": QueuePool,
     "PidPool": PidPool,
     "family_limit": family_limited,
+    "watched": watched,
+    "echoing": echoing,
     "AsyncPidPool": AsyncPidPool,
 }
 
@@ -616,6 +676,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="so many harmful bytecodes of an operation are enough")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    logging.raiseExceptions = False  # pidpool tells of an event that an interrupt kept from being logged
     warnings.simplefilter("ignore")
     structlog.PrintLogger()  # its lock can't be asked who has it
     pools = [arguments.pool] if arguments.pool else ["QueuePool", "PidPool"]
