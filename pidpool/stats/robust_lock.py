@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
 from types import FrameType
 
 SIZE = 64
@@ -45,6 +47,8 @@ def _library() -> ctypes.CDLL | None:
 
 _c = _library()
 
+_CALL = methodcaller("__call__")
+
 IS_THERE = _c is not None
 """Whether this system has such locks; where it has none they can't be acquired."""
 
@@ -64,7 +68,10 @@ class RobustLock:
         self._mutex = (ctypes.c_char * SIZE).from_buffer(memory)
         self._users: dict[tuple[int, int], FrameType] = {}
         """The call of `run` that each thread is in."""
-        if _c is None or not is_new:
+        if _c is None:
+            return
+        self._unlock = partial(_c.pthread_mutex_unlock, self._mutex)
+        if not is_new:
             return
         attributes = ctypes.create_string_buffer(SIZE)
         _c.pthread_mutexattr_init(attributes)
@@ -86,11 +93,12 @@ class RobustLock:
             self._users[user] = sys._getframe()
             if not self.acquire(seconds):
                 return False
-            work()
+            # In one step of C's: no signal handler runs in between, whose exception would leave it locked.
+            # Other threads would wait until this one's next call, which finds that it has the lock.
+            list(map(_CALL, (work, self._unlock)))
             return True
         finally:
-            # Twice, for an interrupt of the first: the family's other threads would wait until this one's
-            # next call, which finds that it has the lock, and goes on. Not to have it is no error.
+            # If `work` was interrupted. Twice, for an interrupt of the first; not to have it is no error.
             try:
                 self.release()
             finally:
@@ -100,7 +108,7 @@ class RobustLock:
     def __del__(self) -> None:
         # The C library has a list of the locks that a thread holds, and would follow it into memory that is
         # gone.
-        if self._users:  # an interrupt came between `work` and the release
+        if self._users:  # two interrupts came, in `work` and before the release
             _left_locked.append(self._mutex)
 
     def acquire(self, seconds: float) -> bool:
@@ -119,7 +127,7 @@ class RobustLock:
     def release(self) -> None:
         """Give the lock back; does nothing if this thread has it not."""
         if _c is not None:
-            _c.pthread_mutex_unlock(self._mutex)
+            self._unlock()
 
 
 def _is_running(frame: FrameType, inner: FrameType | None) -> bool:

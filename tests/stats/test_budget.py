@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -392,6 +393,37 @@ def test_a_lock_whose_release_is_interrupted_is_free_for_other_threads(
     assert had == [True]
 
 
+def test_an_interrupt_at_any_bytecode_leaves_a_lock_free_for_other_threads() -> None:
+    lock = robust_lock.RobustLock(memoryview(bytearray(robust_lock.SIZE)))
+    number, left = 0, 0
+    while left <= 0:
+        number += 1
+        left = number
+
+        def trace(frame: Any, event: str, _: object) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename == robust_lock.__file__:
+                frame.f_trace = trace  # Python 3.13 and later look at it in the next line
+                frame.f_trace_opcodes = True
+                left -= event == "opcode"
+                if left == 0:
+                    left = -1
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        trace_opcodes(trace)
+        with contextlib.suppress(KeyboardInterrupt):
+            lock.run(10, int)
+        sys.settrace(None)
+        had: list[bool] = []
+        other = threading.Thread(target=lambda had=had: had.append(lock.run(0, int)))
+        other.start()
+        other.join()
+        assert had == [True], f"bytecode {number}"
+    assert number > 50
+
+
 LEFT_LOCKED = """
 import gc, itertools, mmap, sys
 from pidpool.stats.robust_lock import RobustLock
@@ -409,6 +441,9 @@ def trace(frame, event, _):
         return at_bytecode
     return at_bytecode
 
+def fail():
+    1 / 0
+
 left, interrupted = 1, 0
 other = RobustLock(memoryview(mmap.mmap(-1, mmap.PAGESIZE)))
 for number in itertools.count(1):
@@ -416,7 +451,9 @@ for number in itertools.count(1):
     lock = RobustLock(memoryview(mmap.mmap(-1, mmap.PAGESIZE)))
     sys.settrace(trace)
     try:
-        lock.run(1, int)
+        lock.run(1, fail)
+    except ZeroDivisionError:
+        pass
     except KeyboardInterrupt:
         interrupted += 1
     finally:
@@ -430,8 +467,9 @@ print(interrupted)
 """
 
 
-def test_a_lock_that_an_interrupt_has_left_locked_keeps_its_memory() -> None:
-    """The C library's list of the thread's locks leads through it."""
+def test_a_lock_that_two_interrupts_have_left_locked_keeps_its_memory() -> None:
+    """One in what is done with it, and one before the release. The C library's list of the thread's locks
+    leads through it."""
     run = subprocess.run([sys.executable, "-c", LEFT_LOCKED], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 30
