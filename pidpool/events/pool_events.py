@@ -19,7 +19,7 @@ from pidpool.events.logger import EventLogger
 from pidpool.events.pool_names import name_for
 from pidpool.events.user_code import ForkingLines, forking_lines, text_of
 from pidpool.stats.family import Family
-from pidpool.stats.process_counters import Count
+from pidpool.stats.process_counters import Count, ProcessCounters
 from pidpool.stats.snapshots import FamilyStats
 from pidpool.tag import ConnectionTag
 from pidpool.terms import CloseReason, SocketAction, StateAtFork, Trigger
@@ -101,6 +101,8 @@ class PoolEvents:
     ) -> None:
         self.family = family
         self.counters = family.join()
+        self._joined: list[ProcessCounters] = []
+        """The counters of the child that this process is, as soon as there are any."""
         self.budget = family.budget_for(self.counters)
         self.pool = pool or family.name or name_for(self, address)
         self._pid = os.getpid()
@@ -378,7 +380,11 @@ class PoolEvents:
             if not self.counters.are_of(pid):
                 # Kept, since to destroy what was waiting costs more.
                 self._waiting_in_parent, self._waiting = self._waiting, deque(maxlen=MOST_WAITING)
-                self.counters = self.family.join(parent_pid)
+                if self._joined and self._joined[0].are_of(pid):
+                    self.counters = self._joined[0]  # this was interrupted, and begins again
+                else:
+                    self._joined = []
+                    self.counters = self.family.join(parent_pid, self._joined)
             self.budget = self.family.budget_for(self.counters)
             self._pid = pid  # last: if this is interrupted, it begins again
             self.counters.add_adoption(trigger)

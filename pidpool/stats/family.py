@@ -168,15 +168,20 @@ class Family:
 
     # -- joining
 
-    def join(self, parent_pid: int | None = None) -> ProcessCounters:
+    def join(
+        self, parent_pid: int | None = None, joined: list[ProcessCounters] | None = None
+    ) -> ProcessCounters:
         """Give this process a block of counters.
 
         If the memory has no room, the block is visible to this process only. May run inside an at-fork hook.
+
+        :param joined: an empty list, which is given what is returned: after an interrupt it has it already,
+            or this process has not joined.
         """
         if self._cells[_BLOCKS_USED] == 0 and not self._is_named:
             return self._start(0, parent_pid)  # no other process has the memory yet
         taken: list[int] = []
-        started: list[ProcessCounters] = []
+        started: list[ProcessCounters] = [] if joined is None else joined
 
         def start() -> None:
             number = self._free_block()
@@ -189,18 +194,18 @@ class Family:
         try:
             has_joined = self._lock.run(_JOIN_WAIT, start)
         except BaseException:
-            # An interrupt, after which this process joins again. A block without a pid is free in any case.
             for block in map(self._block, taken):
-                if block[PID] == os.getpid():
+                # Without a pid it is free in any case.
+                if not started and block[PID] == os.getpid():
                     block[ENDED] = 1
             raise
         if not has_joined:
             self._cells[_UNLISTED] += 1
-        if started:
-            return started[0]
-        unlisted = self._enter(memoryview(bytearray(self.block_cells * 8)).cast("Q"), parent_pid)
-        unlisted.is_listed = False
-        return unlisted
+        if not started:
+            unlisted = self._enter(memoryview(bytearray(self.block_cells * 8)).cast("Q"), parent_pid)
+            unlisted.is_listed = False
+            started.append(unlisted)
+        return started[0]
 
     def _start(self, number: int, parent_pid: int | None) -> ProcessCounters:
         own = self._enter(self._block(number), parent_pid)
