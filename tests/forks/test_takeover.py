@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +22,32 @@ from pidpool import PidPool, tag_of
 from pidpool.forks import detection
 
 both_hows = pytest.mark.parametrize("how", ["python", "c"])
+
+
+def copy_and_fork(cursor: Any, how: How, in_child: Callable[[], object]) -> None:
+    """COPY three lines. In the middle fork a child that calls `in_child`, unwinds the driver's call, ends."""
+    parent = os.getpid()
+
+    class Lines(io.StringIO):
+        reads = 0
+
+        def read(self, size: int | None = -1) -> str:
+            self.reads += 1
+            if self.reads == 2:
+                child = fork(how)
+                if child == 0:
+                    in_child()
+                    raise ZeroDivisionError
+                assert os.waitpid(child, 0)[1] == 0
+            return "line\n" if self.reads < 4 else ""
+
+    cursor.execute("create temp table copied (line text)")
+    try:
+        cursor.copy_expert("copy copied from stdin", Lines())
+    except BaseException:
+        if os.getpid() != parent:
+            os._exit(0)
+        raise
 
 
 @pytest.mark.usefixtures("clean_log")
@@ -36,35 +63,18 @@ def test_a_copy_in_flight_is_the_parents(
     cursor = connection.cursor()
     cursor.execute("select pg_backend_pid()")
     pid_before = cursor.fetchone()
-    cursor.execute("create temp table copied (line text)")
-    parent = os.getpid()
 
-    class Lines(io.StringIO):
-        reads = 0
+    def drop_or_look() -> None:
+        nonlocal connection
+        if dropped:
+            cycle: list[Any] = [connection]
+            cycle.append(cycle)
+            del cycle, connection
+            gc.collect()
+        else:
+            engine.pool.status()
 
-        def read(self, size: int | None = -1) -> str:
-            nonlocal connection
-            self.reads += 1
-            if self.reads == 2:
-                child = fork(how)
-                if child == 0:
-                    if dropped:
-                        cycle: list[Any] = [connection]
-                        cycle.append(cycle)
-                        del cycle, connection
-                        gc.collect()
-                    else:
-                        engine.pool.status()
-                    raise ZeroDivisionError
-                assert os.waitpid(child, 0)[1] == 0
-            return "line\n" if self.reads < 4 else ""
-
-    try:
-        cursor.copy_expert("copy copied from stdin", Lines())
-    except BaseException:
-        if os.getpid() != parent:
-            os._exit(0)
-        raise
+    copy_and_fork(cursor, how, drop_or_look)
     cursor.execute("select count(*), pg_backend_pid() from copied")
     assert cursor.fetchone() == (3, *pid_before)  # type: ignore[misc]
     connection.commit()
@@ -79,31 +89,11 @@ def test_a_copy_of_a_listener_between_checkouts_is_the_parents(
 ) -> None:
     """The connection is checked out by nobody, and a call of the driver's is in flight all the same."""
     engine = make_engine(tls_url, inherited_sockets="keep")
-    parent = os.getpid()
     found: list[Any] = []
-
-    class Lines(io.StringIO):
-        reads = 0
-
-        def read(self, size: int | None = -1) -> str:
-            self.reads += 1
-            if self.reads == 2:
-                child = fork(how)
-                if child == 0:
-                    engine.pool.status()
-                    raise ZeroDivisionError
-                assert os.waitpid(child, 0)[1] == 0
-            return "line\n" if self.reads < 4 else ""
 
     def copy(connection: Any, *_: Any) -> None:
         cursor = connection.cursor()
-        cursor.execute("create temp table copied (line text)")
-        try:
-            cursor.copy_expert("copy copied from stdin", Lines())
-        except BaseException:
-            if os.getpid() != parent:
-                os._exit(0)
-            raise
+        copy_and_fork(cursor, how, engine.pool.status)
         cursor.execute("select count(*) from copied")
         found.append(cursor.fetchone())
         connection.commit()
