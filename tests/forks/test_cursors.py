@@ -160,6 +160,48 @@ def test_a_streamed_result_stays_the_parents_if_the_child_collects_its_checkout(
 
 
 @both_hows
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_a_loop_over_a_named_cursor_stays_the_parents(
+    postgres: EmbeddedPostgres, make_engine: MakeEngine, driver: str, how: How
+) -> None:
+    """The child goes on in the middle of it."""
+    engine = make_engine(postgres.url(driver=f"postgresql+{driver}"))
+    connection = engine.raw_connection()
+    cursor: Any = connection.cursor("streamed")
+    cursor.itersize = 2
+    cursor.execute("select generate_series(1, 20)")
+    rows = iter(cursor)
+    seen = [next(rows), next(rows)]
+
+    def child() -> None:
+        with pytest.raises(engine.dialect.loaded_dbapi.Error):
+            list(rows)
+        connection.close()
+        engine.dispose()
+
+    run_in_child(child, how=how)
+    assert [*seen, *rows] == [(number,) for number in range(1, 21)]
+    cursor.close()
+    connection.close()
+
+
+def test_next_of_a_streamed_cursor_is_the_drivers(
+    postgres: EmbeddedPostgres, tls_url: str, make_engine: MakeEngine
+) -> None:
+    context = ssl.create_default_context(cafile=postgres.ca_file)
+    url = postgres.url(driver="postgresql+pg8000").partition("?")[0]
+    pg8000 = make_engine(url, connect_args={"ssl_context": context}).raw_connection()
+    named = make_engine(tls_url).raw_connection()
+    for cursor in (pg8000.cursor(), named.cursor("streamed")):
+        cursor.execute("select generate_series(1, 3)")
+        assert [*next(cursor)] == [1]
+        assert [[*row] for row in cursor] == [[2], [3]]
+        cursor.close()
+    pg8000.close()
+    named.close()
+
+
+@both_hows
 @pytest.mark.parametrize("action", ["fetch", "close"])
 @pytest.mark.parametrize("inherited_sockets", ["sever", "keep"])
 def test_a_result_that_pg8000_streams_stays_the_parents(
