@@ -240,7 +240,9 @@ _forks_alone = False
 in the middle of a connect or of a log line, so there is nothing to wait for, to hold or to renew."""
 
 _hooked_pid = 0
-"""The process whose at-fork hook has run. What can wait is left to the first look at `fork_state`."""
+"""The process whose at-fork hook has begun. What can wait is left to the first look at `fork_state`."""
+_hook_is_over = False
+"""Whether the at-fork hook has run to its end in this child."""
 _hooked_at = 0.0
 _hooked_alone = False
 
@@ -252,7 +254,8 @@ parent's threads then, on whose stacks its own new threads run."""
 
 def _before_fork() -> None:
     # One function: each function and each object that is touched here costs the parent a page or two.
-    global _forks_alone, _hooked_pid
+    global _forks_alone, _hooked_pid, _hook_is_over
+    _hook_is_over = False  # for the child's
     if fork_state[0] == FORKED:
         # A child forked in C that forks before it uses a pool. The gate it has is its parent's, whose
         # threads may have left it locked (test_a_child_that_never_noticed_its_fork_can_fork).
@@ -292,18 +295,22 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _forks_alone, _hooked_pid, _hooked_at, _hooked_alone, _has_dead_threads
-    if _hooked_pid == os.getpid():
+    global _forks_alone, _hooked_pid, _hooked_at, _hooked_alone, _has_dead_threads, _hook_is_over
+    if _hook_is_over:
         return  # the second call
-    at = time.time()
     _has_dead_threads = False  # CPython has removed them
+    if fork_state[0] != FORKED:
+        # Another hook before this one has used a pool. All is done, and the connections are the child's own.
+        _forks_alone, _hook_is_over = False, True
+        return
+    # First: a finalizer may notice the fork in the lines below.
+    _hooked_at, _hooked_alone, _hooked_pid = time.time(), _forks_alone, os.getpid()
     can_wait = True
     for callback in _hook_callbacks:
         can_wait = callback(_forks_alone) and can_wait
     if not _forks_alone:
         log_locks.renew(in_hook=True)
-    _hooked_at, _hooked_alone, _forks_alone = at, _forks_alone, False
-    _hooked_pid = os.getpid()  # last: until then the second call begins again
+    _forks_alone, _hook_is_over = False, True  # last: until then the second call begins again
     if not can_wait:
         notice_fork()
 

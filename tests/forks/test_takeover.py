@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -283,3 +284,51 @@ def _use_after_a_fork() -> tuple[bool, int, int, int]:
 def test_what_a_hook_severed_is_counted_at_the_first_use_of_the_pool() -> None:
     # In a child, whose parent is this process with whatever connections other tests have left.
     assert run_in_child(_use_after_a_fork) == (True, 1, 2, 1)
+
+
+def _use_in_the_hook() -> dict[str, int]:
+    pool: Any = PidPool(Resource)
+    checkout = pool.connect()
+
+    def use(is_alone: bool) -> bool:
+        pool.connect().close()
+        return True
+
+    detection.register_hook_callback(use)
+    counted: dict[str, int] = run_in_child(lambda: dict(pool.stats().counters.adoptions))
+    checkout.close()
+    pool.dispose()
+    return counted
+
+
+def test_a_use_in_the_middle_of_the_hook_counts_as_the_hooks() -> None:
+    """As a finalizer's, or a signal handler's."""
+    assert run_in_child(_use_in_the_hook) == {"hook": 1, "lazy": 0}
+
+
+USED_BY_AN_EARLIER_HOOK = """
+import os, sys
+
+def use():
+    engine.connect().close()
+
+os.register_at_fork(after_in_child=use)
+from sqlalchemy import create_engine, text
+from pidpool import PidPool
+
+engine = create_engine(sys.argv[1], poolclass=PidPool)
+connection = engine.connect()
+pid = os.fork()
+if pid == 0:
+    assert engine.pool.checkedin() == 1
+    engine.connect().execute(text("select 1"))
+    sys.exit(len(engine.pool.records()) != 1)
+assert os.waitpid(pid, 0)[1] == 0
+connection.execute(text("select 1"))
+"""
+
+
+@pytest.mark.usefixtures("clean_log")
+def test_a_pool_may_be_used_in_a_hook_that_runs_before_its_own(tls_url: str) -> None:
+    """One that was registered before pidpool was imported: what is owned is the child's by then."""
+    subprocess.run([sys.executable, "-c", USED_BY_AN_EARLIER_HOOK, tls_url], check=True, timeout=60)
