@@ -548,7 +548,7 @@ def test_an_idle_event_loop_gives_back_and_no_thread_touches_its_connections(
     async def use() -> list[float]:
         waits = []
         async with contextlib.AsyncExitStack() as stack:
-            for _ in range(2):
+            for _ in range(3):  # all: the server may complain of one that is open when the child is killed
                 started = time.monotonic()
                 connection = await stack.enter_async_context(engine.connect())
                 assert (await connection.scalar(text("select 1"))) == 1
@@ -560,8 +560,13 @@ def test_an_idle_event_loop_gives_back_and_no_thread_touches_its_connections(
     with child(idle) as pid:
         waits = asyncio.run(use())
         assert max(waits) < 5
-        (other,) = [each for each in pool.family_stats().processes if each.pid == pid]
-        assert other.counters.closed["given back"] >= 2 and other.counters.closed["failed"] == 0
+
+        def closed() -> dict[str, int]:
+            (other,) = [each for each in pool.family_stats().processes if each.pid == pid]
+            return dict(other.counters.closed)
+
+        until(lambda: closed()["given back"] == 3, "the child has given back all three")
+        assert closed()["failed"] == 0
         assert postgres.complaints(mark) == []  # closed as one closes, not dropped
 
 
