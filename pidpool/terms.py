@@ -32,7 +32,8 @@ CloseReason = Literal[
     "idle",
     "collected",
 ]
-"""Why a process closed a connection that it owns. Collected: an async checkout was dropped, not closed."""
+"""Why a process closed a connection that it owns. Collected: an async checkout was dropped, not closed,
+or an interrupt has lost it."""
 
 OnForeign = Literal["replace", "refuse"]
 """What a child does that uses an inherited connection."""

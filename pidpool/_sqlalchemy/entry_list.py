@@ -67,10 +67,12 @@ def take_lost(entries: Iterable[Member]) -> list[Member]:
     """Return the entries whose checkouts have ended without them, which are in no list from then on."""
     found = []
     for entry in entries:
-        members = entry.members
+        members, key = entry.members, id(entry)
         if members is None or not _is_lost(entry):
             continue
-        if members.references.pop(id(entry), None) is not None:  # for one thread only
+        # For one thread only, and without a call in between: another thread could return the entry meanwhile,
+        # and a third one check it out.
+        if members.references.pop(key, None) is not None:
             entry.members = None
             found.append(entry)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 _MODULES = (
     *("pidpool.", "sqlalchemy.pool.", "sqlalchemy.event.", "sqlalchemy.util.", "weakref.", "contextlib."),
     *("sqlalchemy.log.", "logging."),  # with ``echo="debug"`` lines name the connection
+    *("sqlalchemy.engine.create.", "sqlalchemy.engine.default."),  # they open connections for an entry
 )
 
 

@@ -216,7 +216,7 @@ class HookedQueuePool(QueuePool):
         entry = cast("PidPoolEntry | None", owned.entry())
         reason: CloseReason = "detached"
         if owned.detached is None:
-            reason = "failed" if entry is None else entry.close_reason
+            reason = "collected" if entry is None else entry.close_reason
             if entry is not None and entry.owned is owned:
                 entry.own_none()
         self.pool_events.connection_closed(owned.tag, reason)
@@ -273,6 +273,9 @@ class HookedQueuePool(QueuePool):
         entries: Any = self.pool_events.counters.entries()
         for entry in take_lost(entries):
             cast(PidPoolEntry, entry).end(None)
+        for owned in list(owned_connections.values()):
+            if owned.is_lost_by(self.pool_events):  # a cursor may keep it, in a cycle that an error has made
+                self.close_if_open(owned.connection())
         if self.pool_events.budget is not None:
             self.pool_events.budget.settle()
 

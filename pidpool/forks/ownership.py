@@ -40,6 +40,9 @@ class Entry(Protocol):
 
     dbapi_connection: Any
 
+    pool_events: Any
+    """What its pool shares with those that are recreated from it."""
+
     @property
     def in_use(self) -> bool: ...
 
@@ -75,6 +78,7 @@ class OwnedConnection:
         "_connection",
         "_driver_connection",
         "_entry",
+        "_pool_events",
         "_key",
         "__weakref__",
     )
@@ -98,6 +102,7 @@ class OwnedConnection:
         self.identity = identity
         self._key = id(connection)
         self._entry: weakref.ref[Entry] = weakref.ref(entry)
+        self._pool_events: weakref.ref[Any] = weakref.ref(entry.pool_events)
         self._connection = self._watch(connection)
         self._driver_connection = None
         if self._connection is None:
@@ -114,6 +119,13 @@ class OwnedConnection:
     def entry(self) -> Entry | None:
         """Return the pool entry that the connection was opened for, or None if that is gone."""
         return self._entry()
+
+    def is_lost_by(self, pool_events: object) -> bool:
+        """Return whether it is a pool's whose entry for it is gone: an interrupt has lost the entry.
+
+        Otherwise the entry is in the pool, in a frame that deals with it, or in `used_by`.
+        """
+        return self._pool_events() is pool_events and self.detached is None and self._entry() is None
 
     def connection(self) -> Any:
         """Return the driver's connection, or None if it was collected."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import random
@@ -17,9 +19,11 @@ from typing import Any
 
 import pytest
 from soak import SOAK
-from sqlalchemy import exc
+from sqlalchemy import create_engine, event, exc
+from sqlalchemy.pool import Pool, PoolProxiedConnection
 
 from pidpool import PidPool
+from pidpool._sqlalchemy import entry_list
 from pidpool._sqlalchemy.idle_queue import PATIENCE
 
 
@@ -104,6 +108,125 @@ def test_a_connection_whose_close_is_interrupted_counts_as_closed() -> None:
     counts = pool.stats().counters
     assert (counts.opened, counts.closed["invalidated"]) == (1, 1)
     assert pool.checkedout() == 0
+
+
+def lose_at_checkin(pool: Pool, checkout: PoolProxiedConnection) -> None:
+    """End a checkout, and interrupt it just before its entry goes back."""
+
+    def interrupted(entry: object) -> None:
+        del entry
+        raise SoftTimeLimit
+
+    pool._do_return_conn = interrupted  # type: ignore[method-assign]
+    with contextlib.suppress(SoftTimeLimit):
+        checkout.close()
+    del pool._do_return_conn
+
+
+@pytest.mark.parametrize("family_limit", [None, 1])
+def test_a_connection_that_an_interrupt_loses_is_closed_though_a_cursor_keeps_it(
+    family_limit: int | None,
+) -> None:
+    """As one of a statement that failed, in a cycle of the error's, until that is collected."""
+
+    class Counted(sqlite3.Connection):
+        closed = 0
+
+        def close(self) -> None:
+            Counted.closed += 1
+            super().close()
+
+    pool = PidPool(
+        lambda: sqlite3.connect(":memory:", factory=Counted),
+        pool_size=1,
+        max_overflow=0,
+        timeout=1,
+        family_limit=family_limit,
+    )
+    checkout = pool.connect()
+    cursor = checkout.cursor()
+    cursor.close()
+    lose_at_checkin(pool, checkout)
+    with pool.connect():
+        pass
+    counters = pool.stats().counters
+    assert (Counted.closed, counters.opened, counters.closed["collected"]) == (1, 2, 1)
+    del cursor
+
+
+def test_an_error_of_an_earlier_connect_keeps_no_entry_that_an_interrupt_loses() -> None:
+    engine = create_engine("sqlite://", poolclass=PidPool, pool_size=1, max_overflow=0, pool_timeout=1)
+    is_down = []
+
+    @event.listens_for(engine, "do_connect")
+    def connect(*given: object) -> None:
+        del given  # the application's own frames are left as they are
+        if is_down:
+            raise sqlite3.OperationalError("the server is down")
+
+    checkout: Any = engine.raw_connection()
+    checkout.invalidate()
+    checkout.close()
+    is_down.append(True)
+    with pytest.raises(exc.OperationalError) as kept:
+        engine.connect()
+    is_down.clear()
+    checkout = engine.raw_connection()
+    lose_at_checkin(engine.pool, checkout)
+    engine.connect().close()
+    engine.dispose()
+    del kept
+
+
+def test_a_look_for_what_was_lost_takes_nothing_that_another_thread_has_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The collector clears weak references before it runs finalizers: until its finalizer has returned the
+    entry, a checkout that is being collected looks lost."""
+    engine = create_engine(
+        "sqlite://",
+        poolclass=PidPool,
+        connect_args={"check_same_thread": False},
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=5,
+    )
+    collecting, looked, used = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow:
+        def __del__(self) -> None:
+            collecting.set()
+            looked.wait(30)
+
+    def drop() -> None:
+        cycle: list[Any] = [Slow(), engine.raw_connection()]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+
+    def look() -> None:
+        collecting.wait(30)
+        engine.pool.checkedout()  # type: ignore[attr-defined]
+
+    looking = threading.Thread(target=look)
+
+    def switching_id(thing: object) -> int:
+        if threading.current_thread() is looking and not looked.is_set():
+            looked.set()
+            used.wait(30)
+        return id(thing)
+
+    # A call, where CPython may switch to another thread. It can't be made to do so otherwise.
+    monkeypatch.setattr(entry_list, "id", switching_id, raising=False)
+    dropping = threading.Thread(target=drop)
+    looking.start()
+    dropping.start()
+    dropping.join(30)
+    with engine.connect() as connection:
+        used.set()
+        looking.join(30)
+        assert connection.exec_driver_sql("select 1").scalar() == 1
+    engine.dispose()
 
 
 PROGRAM = Path(__file__).parent.parent / "programs" / "interrupts.py"
