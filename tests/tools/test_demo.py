@@ -21,7 +21,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from forking import has_ended
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import Table, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 from waiting import until
 
@@ -309,6 +309,22 @@ def test_a_measurement_that_does_not_end_is_ended_with_all_its_children(
     verdict = FAILURES[0].verdict(measured)
     assert verdict.failed
     assert verdict.text == "no result after 2 s"
+
+
+def test_ctrl_c_while_its_table_is_created_drops_the_table(
+    own: str, postgres: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Table.create
+
+    def create_and_be_interrupted(table: Table, *arguments: Any, **options: Any) -> None:
+        create(table, *arguments, **options)
+        assert tables(own)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Table, "create", create_and_be_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measuring._measure("speed", PIDPOOL, make_url(postgres.url()), iterations=1)
+    assert tables(own) == []
 
 
 def test_a_measurement_that_breaks_off_says_with_what(postgres: EmbeddedPostgres) -> None:

@@ -158,14 +158,14 @@ def _measure(name: str, contender: Contender, url: URL, iterations: int) -> Meas
 @contextlib.contextmanager
 def _table(engine: Engine, name: str) -> Iterator[None]:
     rows = failures.rows_table(name)
-    rows.create(engine, checkfirst=False)
     try:
+        rows.create(engine, checkfirst=False)
         yield
     finally:
         try:
             with engine.begin() as connection:
                 connection.execute(text("set local lock_timeout = '5s'"))
-                rows.drop(connection, checkfirst=False)
+                rows.drop(connection, checkfirst=True)  # Ctrl-C may have come while it was created
         except DBAPIError as error:
             raise TableLeft(f"the table {name} could not be dropped: {error.orig}") from error
 
