@@ -75,9 +75,7 @@ class Host:
     ends_by: signal.Signals | None = None
     """A signal to all processes, workers included, that ends them; None for SIGTERM to the first one."""
     starts_anew: bool = False
-    """Whether it starts workers in the place of others: it should have done so before it is ended. Celery's
-    pool waits for ever for a lock of its queue (``_help_stuff_finish`` in billiard/pool.py), which a worker
-    has not given back: 1 of 80 runs without any database ended so."""
+    """Whether it starts workers in the place of others: it should have done so before it is ended."""
     workers_end_by: signal.Signals | None = None
     """A signal that the first process sends each worker, to have it end. It is sent again after a while: a
     worker of uWSGI that is just being started loses it, and goes on waiting for requests for ever."""
