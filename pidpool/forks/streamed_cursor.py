@@ -40,16 +40,12 @@ class StreamedCursor:
         setattr(self._cursor, name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        rows: Iterator[Any] | None = None
-        while True:  # a look before each row: a child may go on in the middle of a loop
-            if fork_state[0] == FORKED:
-                detection.notice_fork()
-            try:
-                rows = iter(self._cursor) if rows is None else rows
-                row = next(rows)
-            except StopIteration:
-                return
+        if fork_state[0] == FORKED:
+            detection.notice_fork()
+        for row in self._cursor:
             yield row
+            if fork_state[0] == FORKED:  # a child may go on in the middle of the loop
+                detection.notice_fork()
 
     def __next__(self) -> Any:
         if fork_state[0] == FORKED:
